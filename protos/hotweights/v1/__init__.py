@@ -1,0 +1,1 @@
+"""The protocol: messages and stubs made from the `*.proto` files beside this one."""

@@ -1,0 +1,1 @@
+"""What both sides of the wire share and stubs cannot say: endpoints, channel limits, errors."""

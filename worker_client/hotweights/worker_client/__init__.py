@@ -1,0 +1,1 @@
+"""The kitchen: what runs on a node. Session, agent, stage, image, window."""

@@ -1,0 +1,175 @@
+"""Every setting of the worker side, read once from the environment.
+
+`SETTINGS` is the table that `hotweights config` prints and docs/PRESETS.md shows.
+"""
+
+import os
+import re
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hotweights.wire.endpoint import Endpoint, parse_endpoint
+
+
+class BadSetting(ValueError):
+    """A setting that cannot be used; the message names it and says what it takes."""
+
+    def __init__(self, name: str, value: str, wanted: str) -> None:
+        super().__init__(f"{name}={value!r}: {wanted}")
+        self.name = name
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the settings table."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+SETTINGS = (
+    Setting("HOTWEIGHTS_ENDPOINT", "", "the coordinator; HOTWEIGHTS_COORD is read when it is unset"),
+    Setting("HOTWEIGHTS_MODEL", "", "the model an engine follows; empty is the coordinator's only one"),
+    Setting("HOTWEIGHTS_REPLICA", "HOST-PID", "the replica's id; set it to keep it over restarts"),
+    Setting("HOTWEIGHTS_NODE", "host name", "the node's id"),
+    Setting("HOTWEIGHTS_STAGE_DIR", "/dev/shm/hotweights/UID", "where images are staged"),
+    Setting("HOTWEIGHTS_AGENT_SOCKET", "STAGE_DIR/agent.sock", "the node's agent"),
+    Setting("HOTWEIGHTS_LISTEN", "127.0.0.1:0", "where the agent serves buckets to other nodes"),
+    Setting("HOTWEIGHTS_ADVERTISE", "", "that address as other nodes see it"),
+    Setting("HOTWEIGHTS_BUCKET_BYTES", "16777216", "size of a bucket; 64 KiB to 1 GiB"),
+    Setting("HOTWEIGHTS_MAX_IMAGES", "2", "images kept on a node; more only while pinned"),
+    Setting("HOTWEIGHTS_AGENT_IDLE_S", "300", "after which an agent that was not started by hand ends"),
+    Setting("HOTWEIGHTS_POLICY", "", "auto or manual: what an engine asks for its model"),
+    Setting("HOTWEIGHTS_NAME_MAP", "", "checkpoint=module pairs, comma-separated; renames tensors"),
+    Setting("HOTWEIGHTS_USE_IPC_AGENT", "0", "1 sets `hotweights_agent` on the engine"),
+    Setting("HOTWEIGHTS_ADOPT_CLUSTER", "0", "1 follows a coordinator whose store was replaced"),
+    Setting("HOTWEIGHTS_FAILPOINTS", "", "for tests: failures to inject"),
+)
+
+_TRUE = {"1", "true", "yes", "on"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The worker side's settings, checked."""
+
+    endpoint: Endpoint | None
+    model: str
+    node: str
+    replica: str
+    stage_dir: Path
+    agent_socket: Path
+    listen: str
+    advertise: str
+    bucket_bytes: int
+    max_images: int
+    agent_idle_s: float
+    hf_cache: Path
+    in_kubernetes: bool
+    policy: str = ""
+    name_map: Mapping[str, str] = field(default_factory=dict)
+    use_ipc_agent: bool = False
+    adopt_cluster: bool = False
+    failpoints: str = ""
+
+    def as_environ(self) -> dict[str, str]:
+        """The variables that make a child process read the same settings."""
+        pairs = ",".join(f"{old}={new}" for old, new in self.name_map.items())
+        return {
+            "HOTWEIGHTS_ENDPOINT": str(self.endpoint) if self.endpoint else "",
+            "HOTWEIGHTS_MODEL": self.model,
+            "HOTWEIGHTS_NODE": self.node,
+            "HOTWEIGHTS_STAGE_DIR": str(self.stage_dir),
+            "HOTWEIGHTS_AGENT_SOCKET": str(self.agent_socket),
+            "HOTWEIGHTS_LISTEN": self.listen,
+            "HOTWEIGHTS_ADVERTISE": self.advertise,
+            "HOTWEIGHTS_BUCKET_BYTES": str(self.bucket_bytes),
+            "HOTWEIGHTS_MAX_IMAGES": str(self.max_images),
+            "HOTWEIGHTS_AGENT_IDLE_S": str(self.agent_idle_s),
+            "HOTWEIGHTS_POLICY": self.policy,
+            "HOTWEIGHTS_NAME_MAP": pairs,
+        }
+
+
+def _number(environ: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
+    text = environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdigit() or not low <= int(text) <= high:
+        raise BadSetting(name, text, f"takes a whole number from {low} to {high}")
+    return int(text)
+
+
+def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
+    text = environ.get(name, "").strip()
+    if not text:
+        return default
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise BadSetting(name, text, "takes seconds, for example 300")
+    return float(text)
+
+
+def _name_map(text: str) -> dict[str, str]:
+    renamed: dict[str, str] = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        old, separator, new = pair.partition("=")
+        if not separator or not old or not new:
+            raise BadSetting("HOTWEIGHTS_NAME_MAP", pair, "takes checkpoint=module pairs")
+        renamed[old] = new
+    return renamed
+
+
+def _policy(text: str) -> str:
+    if text not in ("", "auto", "manual"):
+        raise BadSetting("HOTWEIGHTS_POLICY", text, "takes auto or manual")
+    return text
+
+
+def _default_stage() -> Path:
+    """Shared memory where there is some; a folder of the user's own elsewhere (macOS)."""
+    user = os.getuid()
+    if sys.platform == "linux":
+        return Path("/dev/shm/hotweights") / str(user)
+    return Path(tempfile.gettempdir()) / f"hotweights-{user}"
+
+
+def _hf_cache(environ: Mapping[str, str]) -> Path:
+    """Where Hugging Face keeps snapshots, by its own variables."""
+    if cache := environ.get("HF_HUB_CACHE"):
+        return Path(cache)
+    home = environ.get("HF_HOME")
+    return (Path(home) if home else Path.home() / ".cache" / "huggingface") / "hub"
+
+
+def load_config(environ: Mapping[str, str] | None = None) -> Config:
+    """Reads all settings. Raises BadSetting or BadEndpoint with what to write instead."""
+    env = os.environ if environ is None else environ
+    endpoint = env.get("HOTWEIGHTS_ENDPOINT") or env.get("HOTWEIGHTS_COORD") or ""
+    stage_dir = Path(env.get("HOTWEIGHTS_STAGE_DIR") or _default_stage())
+    socket_path = env.get("HOTWEIGHTS_AGENT_SOCKET")
+    host = socket.gethostname()
+    return Config(
+        endpoint=parse_endpoint(endpoint) if endpoint else None,
+        model=env.get("HOTWEIGHTS_MODEL", ""),
+        node=env.get("HOTWEIGHTS_NODE") or host,
+        replica=env.get("HOTWEIGHTS_REPLICA", ""),
+        stage_dir=stage_dir,
+        agent_socket=Path(socket_path) if socket_path else stage_dir / "agent.sock",
+        listen=env.get("HOTWEIGHTS_LISTEN") or "127.0.0.1:0",
+        advertise=env.get("HOTWEIGHTS_ADVERTISE", ""),
+        bucket_bytes=_number(env, "HOTWEIGHTS_BUCKET_BYTES", 16 << 20, 64 << 10, 1 << 30),
+        max_images=_number(env, "HOTWEIGHTS_MAX_IMAGES", 2, 1, 1000),
+        agent_idle_s=_seconds(env, "HOTWEIGHTS_AGENT_IDLE_S", 300.0),
+        hf_cache=_hf_cache(env),
+        in_kubernetes=bool(env.get("KUBERNETES_SERVICE_HOST")),
+        policy=_policy(env.get("HOTWEIGHTS_POLICY", "")),
+        name_map=_name_map(env.get("HOTWEIGHTS_NAME_MAP", "")),
+        use_ipc_agent=env.get("HOTWEIGHTS_USE_IPC_AGENT", "").lower() in _TRUE,
+        adopt_cluster=env.get("HOTWEIGHTS_ADOPT_CLUSTER", "").lower() in _TRUE,
+        failpoints=env.get("HOTWEIGHTS_FAILPOINTS", ""),
+    )
