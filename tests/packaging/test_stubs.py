@@ -15,12 +15,33 @@ GRPCIO = {"5.29.6": "1.71.2", "6.33.5": "1.80.0"}  # one of the same age
 @pytest.mark.registry
 @pytest.mark.parametrize("protobuf", ["5.29.6", "6.33.5", "newest"])
 def test_stubs_import_under_protobuf(protobuf: str, tmp_path: Path) -> None:
-    pins = ["protobuf", "grpcio"] if protobuf == "newest" else [f"protobuf=={protobuf}", f"grpcio=={GRPCIO[protobuf]}"]
+    pins = (
+        ["protobuf", "grpcio"]
+        if protobuf == "newest"
+        else [f"protobuf=={protobuf}", f"grpcio=={GRPCIO[protobuf]}"]
+    )
     # uv keeps what it fetched: only the first run needs the registry for the fixed versions.
-    install = ["-m", "uv", "pip", "install", "--quiet", "--python", sys.executable, "--target", str(tmp_path)]
+    install = [
+        "-m",
+        "uv",
+        "pip",
+        "install",
+        "--quiet",
+        "--python",
+        sys.executable,
+        "--target",
+        str(tmp_path),
+    ]
     subprocess.run([sys.executable, *install, *pins], check=True, timeout=240)
     ran = subprocess.run(
-        [sys.executable, "-S", "-W", "error", "-c", "; ".join(f"import hotweights.v1.{name}" for name in STUBS)],
+        [
+            sys.executable,
+            "-S",
+            "-W",
+            "error",
+            "-c",
+            "; ".join(f"import hotweights.v1.{name}" for name in STUBS),
+        ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO / "protos")])},
         capture_output=True,
         text=True,
