@@ -20,9 +20,7 @@ def main() -> int:
     """Returns the exit status: 1 if --check found a difference, or protoc's own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument(
-        "root", nargs="?", type=Path, default=Path(__file__).parent.parent / "protos"
-    )
+    parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).parent.parent / "protos")
     args = parser.parse_args()
     if not args.check:
         return generate(args.root, args.root)
@@ -44,26 +42,14 @@ def generate(root: Path, out: Path) -> int:
 
 def stubs(folder: Path) -> dict[str, bytes]:
     """The bytes of every stub below folder, by relative path."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for kind in STUBS
-        for path in folder.rglob(kind)
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for kind in STUBS for path in folder.rglob(kind)}
 
 
 def compare(fresh: dict[str, bytes], committed: dict[str, bytes]) -> int:
     """Prints one line for each stub that is missing, left over or different; 0 when there is none."""
-    different = [
-        name for name in sorted({*fresh, *committed}) if fresh.get(name) != committed.get(name)
-    ]
+    different = [name for name in sorted({*fresh, *committed}) if fresh.get(name) != committed.get(name)]
     for name in different:
-        why = (
-            "missing"
-            if name not in committed
-            else "without a .proto"
-            if name not in fresh
-            else "out of date"
-        )
+        why = "missing" if name not in committed else "without a .proto" if name not in fresh else "out of date"
         print(f"stubs: {name} is {why}; run `make stubs`", file=sys.stderr)
     return int(bool(different))
 

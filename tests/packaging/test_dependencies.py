@@ -20,9 +20,7 @@ def required(extra: str = "") -> set[str]:
 def loaded_by(statement: str) -> set[str]:
     """Top-level modules that a fresh interpreter holds after the statement."""
     code = f"{statement}; import sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stderr
     return set(ran.stdout.split())
 
@@ -42,9 +40,7 @@ def test_importing_the_extension_loads_nothing_heavy(forbidden: str) -> None:
     assert forbidden not in loaded_by("import hotweights.adapters.vllm_extension")
 
 
-@pytest.mark.parametrize(
-    "module", ["cli.main", "worker_client", "publish", "transports", "coordinator", "adapters"]
-)
+@pytest.mark.parametrize("module", ["cli.main", "worker_client", "publish", "transports", "coordinator", "adapters"])
 def test_importing_any_part_loads_no_torch_and_no_vllm(module: str) -> None:
     assert loaded_by(f"import hotweights.{module}") & HEAVY == set()
 

@@ -11,12 +11,7 @@ ROOTS = ("protos", "transports", "worker_client", "coordinator")
 
 def packages() -> list[Path]:
     """Every import package of the distribution: hotweights/<name> in each root."""
-    return [
-        folder
-        for root in ROOTS
-        for folder in (REPO / root / "hotweights").glob("[a-z]*")
-        if folder.is_dir()
-    ]
+    return [folder for root in ROOTS for folder in (REPO / root / "hotweights").glob("[a-z]*") if folder.is_dir()]
 
 
 def test_no_root_has_an_init_that_would_hide_the_other_three() -> None:

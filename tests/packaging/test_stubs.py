@@ -15,11 +15,7 @@ GRPCIO = {"5.29.6": "1.71.2", "6.33.5": "1.80.0"}  # one of the same age
 @pytest.mark.registry
 @pytest.mark.parametrize("protobuf", ["5.29.6", "6.33.5", "newest"])
 def test_stubs_import_under_protobuf(protobuf: str, tmp_path: Path) -> None:
-    pins = (
-        ["protobuf", "grpcio"]
-        if protobuf == "newest"
-        else [f"protobuf=={protobuf}", f"grpcio=={GRPCIO[protobuf]}"]
-    )
+    pins = ["protobuf", "grpcio"] if protobuf == "newest" else [f"protobuf=={protobuf}", f"grpcio=={GRPCIO[protobuf]}"]
     # uv keeps what it fetched: only the first run needs the registry for the fixed versions.
     install = [
         "-m",
