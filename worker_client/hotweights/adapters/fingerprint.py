@@ -1,0 +1,119 @@
+"""The proof of what is installed: one digest over the live tensors of a module.
+
+BLAKE3 over (name, dtype, shape, bytes) of every parameter and of every buffer that is no alias of one, sorted by
+name. On CPUs with AVX-512 or AMX vLLM packs linear layers into memory of C++ that Python cannot read
+(`layer.cpu_linear`, often with an emptied `layer.weight`). What such a layer answers to a fixed probe of 8 rows goes
+into the digest instead. That shows a layer that was not loaded, was loaded from another version or in part; it does
+not show every single flipped bit, since outputs are rounded.
+
+Equal on two engines of the same machine, configuration and weights; the probe makes it differ between machines.
+"""
+
+import time
+from collections.abc import Iterator
+
+import torch
+from blake3 import blake3
+
+PROBE_ROWS = 8
+
+
+def fingerprint(module: torch.nn.Module, *, threads: int = blake3.AUTO) -> bytes:
+    """The digest of 32 bytes. Runs packed layers: only between steps of the engine."""
+    probe = Probe(module)
+    probe.run(float("inf"))
+    return combine(digest_tensors(module, threads=threads), probe)
+
+
+def combine(tensors: bytes, probe: "Probe") -> bytes:
+    """The digest from its two parts."""
+    return blake3(tensors + probe.digest()).digest()
+
+
+def digest_tensors(module: torch.nn.Module, *, threads: int = blake3.AUTO) -> bytes:
+    """The part that reads memory; may run beside a serving engine."""
+    hasher = blake3(max_threads=threads)
+    for name, tensor in sorted(live_tensors(module)):
+        hasher.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if tensor.numel():
+            hasher.update(_bytes_of(tensor))
+    return hasher.digest()
+
+
+def live_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, and the buffers that share no storage with one. Aliases appear once."""
+    seen: set[int] = set()
+    for name, parameter in module.named_parameters():
+        seen.add(parameter.untyped_storage().data_ptr())
+        yield name, parameter
+    for name, buffer in module.named_buffers():
+        if buffer.numel() == 0 or buffer.untyped_storage().data_ptr() not in seen:
+            yield name, buffer
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def packed_layers(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, int]]:
+    """Layers that compute from packed memory: (name, layer, width of their input)."""
+    for name, layer in sorted(module.named_modules()):
+        # Packed memory is what the closure captured; a function that captured nothing uses layer.weight.
+        if getattr(layer.__dict__.get("cpu_linear"), "__closure__", None) is None:
+            continue
+        width = _input_width(layer)
+        if width:
+            yield name, layer, width
+
+
+def _input_width(layer: torch.nn.Module) -> int:
+    """Columns of a linear layer's weight; 0 when it has none. An emptied weight is asked for at the loader."""
+    weight = layer._parameters.get("weight")
+    if weight is not None and weight.ndim == 2:
+        return int(weight.shape[1])
+    for attribute in ("input_size_per_partition", "input_size"):
+        width = getattr(layer, attribute, 0)
+        if width:
+            return int(width)
+    return 0
+
+
+class Probe:
+    """What the packed layers answer. Runs in slices, so that a serving engine waits for none of it for long."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._layers = packed_layers(module)
+        self._hasher = blake3()
+        self._inputs: dict[int, torch.Tensor] = {}
+        self._dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        self.done = False
+
+    def run(self, budget_s: float) -> bool:
+        """Goes on for about `budget_s`; True when every layer was asked."""
+        ends = time.perf_counter() + budget_s
+        while not self.done and time.perf_counter() < ends:
+            self._next()
+        return self.done
+
+    def digest(self) -> bytes:
+        return self._hasher.digest()
+
+    @torch.no_grad()
+    def _next(self) -> None:
+        entry = next(self._layers, None)
+        if entry is None:
+            self.done = True
+            return
+        name, layer, width = entry
+        answer = layer.cpu_linear(self._input(width), layer._parameters.get("weight"), None)
+        self._hasher.update(f"{name}\0{answer.dtype}\0{tuple(answer.shape)}\0".encode())
+        self._hasher.update(_bytes_of(answer))
+
+    def _input(self, width: int) -> torch.Tensor:
+        """A fixed pattern in [-1, 1), not from a generator: torch's may change between its versions."""
+        if width not in self._inputs:
+            steps = torch.arange(PROBE_ROWS * width, dtype=torch.int64) * 2654435761 % (1 << 32)
+            pattern = steps.to(torch.float64) / (1 << 31) - 1.0
+            self._inputs[width] = pattern.reshape(PROBE_ROWS, width).to(self._dtype)
+        return self._inputs[width]

@@ -1,0 +1,183 @@
+"""A staged image as tensors: its safetensors files mapped, nothing copied.
+
+    stage/DIGEST/*.safetensors --mmap--> {checkpoint name: tensor}
+
+The mapping is private (copy on write): reads share the page cache with every other rank of the node, and a loader
+that writes into what it was given spoils neither the image nor, as a read-only mapping would, the process.
+"""
+
+import json
+import math
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HEADER_BYTES_MAX = 100 << 20  # the limit of the safetensors library itself
+_MADV_POPULATE_READ = 22  # Linux 5.14; Python 3.10 has no name for it
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class BadImage(Exception):
+    """The folder is not a usable image; the text names the file or tensor."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a checkpoint says of a tensor. `dtype` as safetensors spells it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in its file, in bytes."""
+
+    spec: TensorSpec
+    start: int
+    end: int
+
+
+def _header(path: Path) -> dict[str, _Place]:
+    """The tensors of one file by name, in the order of their bytes. Raises BadImage."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(HEADER_BYTES_MAX, size - 8):
+            raise BadImage(f"{path.name}: its header of {length} bytes is larger than the file")
+        try:
+            entries: dict[str, Any] = json.loads(file.read(length))
+        except ValueError as error:
+            raise BadImage(f"{path.name}: its header is not JSON: {error}") from error
+    places: dict[str, _Place] = {}
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
+        if not 0 <= start <= end <= size:
+            raise BadImage(f"{path.name}: tensor {name} lies outside the file")
+        places[name] = _Place(TensorSpec(entry["dtype"], tuple(entry["shape"])), start, end)
+    return dict(sorted(places.items(), key=lambda item: item[1].start))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: those of the index where there is one."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [folder / str(name) for name in names]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def read_specs(folder: Path) -> dict[str, TensorSpec]:
+    """Names, dtypes and shapes of a checkpoint folder, from the headers alone. Raises BadImage, OSError."""
+    specs = {name: place.spec for path in _weight_files(folder) for name, place in _header(path).items()}
+    if not specs:
+        raise BadImage(f"{folder}: no safetensors file with a tensor in it")
+    return specs
+
+
+def renamed(name: str, name_map: Mapping[str, str]) -> str:
+    """The module's name of a checkpoint tensor.
+
+    A key that ends in "." renames a prefix; the longest that fits wins.
+    """
+    if name in name_map:
+        return name_map[name]
+    prefixes = [key for key in name_map if key.endswith(".") and name.startswith(key)]
+    if not prefixes:
+        return name
+    best = max(prefixes, key=len)
+    return name_map[best] + name[len(best) :]
+
+
+class MappedImage:
+    """An image folder under mapping. `tensors` are in the order of their bytes: loaders meet whole layers."""
+
+    def __init__(self, folder: Path, name_map: Mapping[str, str]) -> None:
+        """Maps every file. Raises BadImage, OSError."""
+        self.folder = folder
+        self.specs: dict[str, TensorSpec] = {}
+        self._maps: list[mmap.mmap] = []
+        self._tensors: dict[str, torch.Tensor] = {}
+        for path in _weight_files(folder):
+            self._map_file(path, name_map)
+        if not self._tensors:
+            raise BadImage(f"{folder}: no safetensors file with a tensor in it")
+
+    def _map_file(self, path: Path, name_map: Mapping[str, str]) -> None:
+        places = _header(path)
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._maps.append(mapped)
+        for original, place in places.items():
+            name = renamed(original, name_map)
+            if name in self.specs:
+                raise BadImage(f"tensor {original}: the name {name} is taken by another tensor")
+            self.specs[name] = place.spec
+            self._tensors[name] = _tensor_at(mapped, original, place)
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self._tensors.items())
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all mapped files."""
+        return sum(len(mapped) for mapped in self._maps)
+
+    def populate(self) -> None:
+        """Touches every page, so that the page faults do not fall into the pause."""
+        for mapped in self._maps:
+            try:
+                mapped.madvise(_MADV_POPULATE_READ)
+            except (AttributeError, OSError):  # another system, or an older kernel
+                for at in range(0, len(mapped), mmap.PAGESIZE):
+                    mapped[at]
+
+    def close(self) -> bool:
+        """Unmaps. False when something still holds a tensor of it: the files must then stay."""
+        self._tensors.clear()
+        remaining: list[mmap.mmap] = []
+        for mapped in self._maps:
+            try:
+                mapped.close()
+            except BufferError:
+                remaining.append(mapped)
+        self._maps = remaining
+        return not remaining
+
+
+def _tensor_at(mapped: mmap.mmap, name: str, place: _Place) -> torch.Tensor:
+    dtype = _DTYPES.get(place.spec.dtype)
+    if dtype is None:
+        raise BadImage(f"tensor {name}: its dtype {place.spec.dtype} is not known here")
+    count = math.prod(place.spec.shape)
+    if count * dtype.itemsize != place.end - place.start:
+        raise BadImage(f"tensor {name}: {place.spec} does not take {place.end - place.start} bytes")
+    if count == 0:
+        return torch.empty(place.spec.shape, dtype=dtype)
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=place.start).reshape(place.spec.shape)

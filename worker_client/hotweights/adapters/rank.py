@@ -1,0 +1,264 @@
+"""One rank of an update: prepare beside the serving engine, then apply, undo and release between its steps.
+
+    idle --prepare--> PREPARED --apply--> APPLIED --release--> idle
+                         |                   |
+                         +------ undo <------+        (undo is allowed as long as the copies are kept)
+
+Everything long happens in a daemon thread before the pause: mapping, checking, cloning, hashing.
+"""
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hotweights.adapters import memory
+from hotweights.adapters.fingerprint import Probe, combine, digest_tensors, fingerprint, packed_layers
+from hotweights.adapters.mapped import BadImage, MappedImage, TensorSpec, read_specs
+from hotweights.adapters.routes import ReloadRoute, Route
+from hotweights.adapters.undo import Copies, Snapshot, undo_bytes
+from hotweights.worker_client.config import load_config
+from hotweights.worker_client.window.failpoints import Failpoints, parse_failpoints
+
+PROBE_SLICE_S = 0.005  # a serving engine waits at most about this long for one poll
+
+
+class RankRefused(Exception):
+    """The call cannot be done; nothing was changed by it."""
+
+
+def check_specs(image: Mapping[str, TensorSpec], served: Mapping[str, TensorSpec]) -> None:
+    """Raises RankRefused with the tensor's name unless both have the same tensors."""
+    if missing := sorted(served.keys() - image.keys()):
+        raise RankRefused(f"{len(missing)} tensors are missing, first {missing[0]} {served[missing[0]]}")
+    if extra := sorted(image.keys() - served.keys()):
+        raise RankRefused(f"{len(extra)} tensors are not in the model, first {extra[0]} {image[extra[0]]}")
+    for name in sorted(image):
+        if image[name].shape != served[name].shape:
+            raise RankRefused(f"tensor {name} has shape {list(image[name].shape)}, not {list(served[name].shape)}")
+        if image[name].dtype != served[name].dtype:
+            raise RankRefused(f"tensor {name} has dtype {image[name].dtype}, not {served[name].dtype}")
+
+
+class Job:
+    """Work in a daemon thread: what it gave, or why not."""
+
+    def __init__(self, name: str, work: Any) -> None:
+        self._result: Any = None
+        self._error: Exception | None = None
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name=f"hotweights-{name}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._work()
+        except Exception as error:  # noqa: BLE001 - carried to the thread that asks, which raises it
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self) -> Any:
+        """After `done`. Raises what the work raised."""
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+class Update:
+    """A prepared update of this rank."""
+
+    def __init__(self, image: MappedImage, copies: Copies, digest: bytes, route: Route, probe: Probe) -> None:
+        self.image = image
+        self.copies = copies
+        self.route = route
+        self.before = b""
+        self._digest = digest
+        self._probe = probe
+        self.snapshot: Snapshot | None = None
+        self.specs_before: Mapping[str, TensorSpec] | None = None
+
+    def ready(self) -> bool:
+        """Goes on with the probe for one slice; True once the fingerprint of before is known."""
+        if not self.before and self._probe.run(PROBE_SLICE_S):
+            self.before = combine(self._digest, self._probe)
+        return bool(self.before)
+
+
+class Rank:
+    """The state of one worker. Calls come from the worker's main loop, one at a time."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._served: Mapping[str, TensorSpec] | None = None
+        self._job: Job | None = None
+        self._folder: Path | None = None
+        self._update: Update | None = None
+        self._closing: list[MappedImage] = []
+        self._fingerprint: tuple[Job, Probe] | None = None
+
+    @property
+    def model(self) -> torch.nn.Module:
+        model: torch.nn.Module = self._worker.model_runner.get_model()
+        return model
+
+    # Preparing
+
+    def prepare(self, folder: Path, name_map: Mapping[str, str]) -> None:
+        """Starts to prepare; the same folder again goes on with what was begun."""
+        if self._folder == folder and self._update is not None and self._update.snapshot is None:
+            return
+        if self._job is not None and not self._job.done:
+            if self._folder == folder:
+                return
+            raise RankRefused(f"still preparing {self._folder}")
+        self.release()
+        self._folder = folder
+        self._job = Job("prepare", lambda: self._prepare(folder, dict(name_map)))
+
+    def _prepare(self, folder: Path, name_map: Mapping[str, str]) -> Update:
+        _failpoints().hit("prepare.start")
+        image, model = MappedImage(folder, name_map), self.model
+        try:
+            served = self._served_specs()
+            if served is not None:
+                check_specs(image.specs, served)
+            memory.require(self._bytes_needed())
+            copies = Copies(model)
+            image.populate()
+            # One thread: the serving engine needs the cores more than this does.
+            digest = digest_tensors(model, threads=1)
+        except Exception:
+            image.close()
+            raise
+        route = ReloadRoute(self._worker, whole=served is not None)
+        return Update(image, copies, digest, route, Probe(model))
+
+    def _served_specs(self) -> Mapping[str, TensorSpec] | None:
+        """Tensors of the checkpoint that is served; None when the engine has none (dummy weights)."""
+        if self._served is None and self._worker.vllm_config.load_config.load_format != "dummy":
+            self._served = read_specs(checkpoint_folder(self._worker.model_config))
+        return self._served
+
+    def _bytes_needed(self) -> int:
+        """Of all ranks here: the copies, and the packed weights that stand twice while both are kept."""
+        model = self.model
+        packed = sum(_packed_bytes(layer) for _, layer, _ in packed_layers(model))
+        parallel = self._worker.vllm_config.parallel_config
+        local = int(getattr(parallel, "local_world_size", 0) or parallel.world_size)
+        return local * (undo_bytes(model) + packed)
+
+    def prepared(self) -> Update | None:
+        """The update once it can be applied, None while it cannot. Raises why it never will."""
+        if self._job is not None:
+            if not self._job.done:
+                return None
+            job, self._job = self._job, None
+            self._update = job.result()
+        if self._update is None:
+            raise RankRefused("nothing is being prepared")
+        return self._update if self._update.ready() else None
+
+    # The window
+
+    def apply(self, folder: Path) -> Update:
+        """Writes the prepared image of `folder`. What it raises leaves the undo to the caller."""
+        update = self._update
+        if update is None or not update.before or self._folder != folder:
+            raise RankRefused(f"{folder} is not prepared")
+        if update.snapshot is not None:
+            raise RankRefused(f"{folder} was applied already")
+        update.copies.check_current(self.model)
+        update.snapshot, update.specs_before = Snapshot(self.model), self._served
+        points = _failpoints()
+        points.hit("apply.start")
+        self.synchronize()
+        update.route.write(update.image, lambda count: points.hit("apply.tensor", count))
+        self.synchronize()
+        points.hit("apply.end")
+        self._served = update.image.specs
+        return update
+
+    def undo(self) -> bytes:
+        """Puts back what was served before the apply, proves it and gives its fingerprint."""
+        update = self._update
+        if update is None:
+            raise RankRefused("no copies are kept")
+        _failpoints().hit("undo.start")
+        if update.snapshot is not None:
+            update.snapshot.put_back()
+            update.copies.put_back()
+            update.route.clean_up()
+            self.synchronize()
+            self._served, update.snapshot = update.specs_before, None
+        now = self.fingerprint_now()
+        if now != update.before:
+            raise RankRefused(f"fingerprint after the undo is {now.hex()}, before the apply it was {update.before.hex()}")
+        return now
+
+    def fingerprint_now(self) -> bytes:
+        """On all cores; for inside the window."""
+        return fingerprint(self.model)
+
+    def release(self) -> bool:
+        """Drops copies and mapping. False while something still holds a tensor of the mapping."""
+        if self._job is not None:
+            if not self._job.done:
+                raise RankRefused(f"still preparing {self._folder}")
+            job, self._job = self._job, None
+            try:
+                self._update = job.result()
+            except Exception:  # noqa: BLE001 - it was reported to whoever polled, or nobody asked
+                self._update = None
+        if self._update is not None:
+            self._closing.append(self._update.image)
+        self._update, self._folder = None, None
+        self._closing = [image for image in self._closing if not image.close()]
+        return not self._closing
+
+    def fingerprint_step(self) -> bytes | None:
+        """The fingerprint outside a window, in steps; None while it is not ready."""
+        if self._fingerprint is None:
+            model = self.model
+            self._fingerprint = Job("fingerprint", lambda: digest_tensors(model, threads=1)), Probe(model)
+        job, probe = self._fingerprint
+        if not job.done or not probe.run(PROBE_SLICE_S):
+            return None
+        self._fingerprint = None
+        return combine(job.result(), probe)
+
+    def synchronize(self) -> None:
+        """FACTS: the device is idle before the first write and after the last."""
+        if torch.device(getattr(self._worker, "device", "cpu")).type != "cpu":
+            torch.accelerator.synchronize()
+
+
+def _packed_bytes(layer: torch.nn.Module) -> int:
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    weight = get_layerwise_info(layer).restore_metadata[0].get("weight")
+    return 0 if weight is None else int(weight.nbytes)
+
+
+def checkpoint_folder(model_config: Any) -> Path:
+    """Where the engine's own checkpoint lies; a model id is looked up in the local cache."""
+    folder = Path(model_config.model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise BadImage(f"{model_config.model} is neither a folder nor in the local cache") from error
+
+
+def _failpoints() -> Failpoints:
+    return parse_failpoints(load_config().failpoints)
+
+

@@ -1,0 +1,116 @@
+"""The way back of one rank: what every module held, and putting exactly that back.
+
+    prepare (serving)   Copies: the bytes of every storage, cloned while the engine serves; weights do not change
+    apply   (paused)    Snapshot: which tensor stands where, and the other attributes of every module
+    undo    (paused)    attributes and tensors back in their places, bytes back into the same storages
+
+The bytes return to the storages they came from, so addresses stay as CUDA graphs recorded them. The attributes
+matter because vLLM's CPU build keeps packed weights in a closure (`layer.cpu_linear`): the old closure holds the old
+memory. See FACTS on writing weights: a reload that failed half-way leaves meta tensors, buffered arguments and
+wrapped loaders behind.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+class ChangedSincePrepare(Exception):
+    """Something replaced tensors of the model between the preparation and the apply."""
+
+
+def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [t for layer in module.modules() for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
+
+
+def _storages(module: torch.nn.Module) -> dict[int, torch.UntypedStorage]:
+    """Every storage once, by address; tied weights and aliases share one."""
+    storages = (tensor.untyped_storage() for tensor in _tensors(module))
+    return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}
+
+
+def undo_bytes(module: torch.nn.Module) -> int:
+    """Host memory that the copies will take."""
+    return sum(storage.nbytes() for storage in _storages(module).values())
+
+
+def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+class Copies:
+    """The bytes of every storage of a module, on the host."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._storages = _storages(module)
+        self._bytes = {at: _as_bytes(storage).to("cpu", copy=True) for at, storage in self._storages.items()}
+
+    def check_current(self, module: torch.nn.Module) -> None:
+        """Raises ChangedSincePrepare unless the module still consists of the copied storages."""
+        sizes = {at: storage.nbytes() for at, storage in _storages(module).items()}
+        copied = {at: storage.nbytes() for at, storage in self._storages.items()}
+        if sizes != copied:
+            raise ChangedSincePrepare("tensors of the model were replaced since they were copied; prepare again")
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for at, storage in self._storages.items():
+            _as_bytes(storage).copy_(self._bytes[at])
+
+
+@dataclass(frozen=True)
+class _HeldTensor:
+    """A tensor object, its data and its attributes (loaders are wrapped on live tensors during a reload)."""
+
+    tensor: torch.Tensor
+    data: torch.Tensor
+    attributes: dict[str, Any]
+
+    def put_back(self) -> None:
+        if self.tensor.data_ptr() != self.data.data_ptr() or self.tensor.dtype != self.data.dtype:
+            self.tensor.data = self.data
+        self.tensor.__dict__.clear()
+        self.tensor.__dict__.update(self.attributes)
+
+
+class _HeldModule:
+    """What one module consists of, children apart."""
+
+    _REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._registries = {name: dict(getattr(module, name)) for name in self._REGISTRIES}
+        self._non_persistent = set(module._non_persistent_buffers_set)
+        self._attributes = {
+            name: value
+            for name, value in module.__dict__.items()
+            if name not in (*self._REGISTRIES, "_non_persistent_buffers_set")
+        }
+
+    def put_back(self) -> None:
+        state = self._module.__dict__
+        kept = {*self._REGISTRIES, "_non_persistent_buffers_set", *self._attributes}
+        for name in [name for name in state if name not in kept]:
+            del state[name]
+        state.update(self._attributes)
+        for name, entries in self._registries.items():
+            state[name].clear()
+            state[name].update(entries)
+        self._module._non_persistent_buffers_set = self._non_persistent
+
+
+class Snapshot:
+    """Which tensor stands where. Cheap: references only."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._modules = [_HeldModule(layer) for layer in module.modules()]
+        unique = {id(tensor): tensor for tensor in _tensors(module)}
+        self._tensors = [_HeldTensor(t, t.data, dict(t.__dict__)) for t in unique.values()]
+
+    def put_back(self) -> None:
+        for module in self._modules:
+            module.put_back()
+        for tensor in self._tensors:
+            tensor.put_back()

@@ -1,0 +1,137 @@
+"""The `hotweights_*` methods of a vLLM worker, called through `collective_rpc`.
+
+They never raise: with tensor parallelism one exception puts all later replies out of step (FACTS; upstream 57846).
+Each answers {"call", "rank", "ok", "reason", ...} in plain data. Set on WorkerBase by the plugin, or found through
+`HotweightsWorkerExtension`; `self` is the worker either way.
+"""
+
+import functools
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hotweights.adapters.rank import Rank
+
+log = logging.getLogger(__name__)
+
+Status = dict[str, Any]
+
+
+def _answered(method: Callable[..., Status]) -> Callable[..., Status]:
+    """Turns whatever happens into a status.
+
+    The one place that catches everything: a worker that raises takes its engine with it, and the text goes to the
+    controller, which reports it.
+    """
+
+    @functools.wraps(method)
+    def call(self: Any, call: str, *args: Any) -> Status:
+        status: Status = {"call": call, "rank": int(getattr(self, "rank", 0)), "ok": True, "reason": ""}
+        try:
+            status.update(method(self, *args))
+        except Exception as error:  # noqa: BLE001
+            log.warning("%s failed: %r", method.__name__, error, exc_info=True)
+            status.update(ok=False, reason=f"{type(error).__name__}: {error}")
+        return status
+
+    return call
+
+
+def _rank(worker: Any) -> "Rank":
+    """This worker's state; made at the first call, since `__init__` of an extension never runs."""
+    from hotweights.adapters.rank import Rank
+
+    state: Rank | None = worker.__dict__.get("_hotweights_rank")
+    if state is None:
+        state = Rank(worker)
+        worker.__dict__["_hotweights_rank"] = state
+    return state
+
+
+@_answered
+def hotweights_identify(self: Any) -> Status:
+    """Which process this is."""
+    device = str(getattr(self, "device", "cpu"))
+    return {"pid": os.getpid(), "host": socket.gethostname(), "device": device, "dtype": str(self.model_config.dtype)}
+
+
+@_answered
+def hotweights_fingerprint(self: Any) -> Status:
+    """Poll until `done`; the work is done beside the serving engine."""
+    digest = _rank(self).fingerprint_step()
+    return {"done": digest is not None, "fingerprint": digest or b""}
+
+
+@_answered
+def hotweights_prepare(self: Any, folder: str, name_map: dict[str, str]) -> Status:
+    """Starts to prepare the image in `folder`; poll `hotweights_prepared`."""
+    _rank(self).prepare(Path(folder), name_map)
+    return {}
+
+
+@_answered
+def hotweights_prepared(self: Any) -> Status:
+    """Whether the apply can be called; not ok when it never can."""
+    update = _rank(self).prepared()
+    if update is None:
+        return {"done": False}
+    return {"done": True, "fingerprint": update.before, "tensors": len(update.image)}
+
+
+@_answered
+def hotweights_apply(self: Any, folder: str) -> Status:
+    """Writes the prepared image. Not ok means: undo in every rank."""
+    start = time.perf_counter()
+    rank = _rank(self)
+    update = rank.apply(Path(folder))
+    wrote = time.perf_counter()
+    proof = rank.fingerprint_now()
+    done = time.perf_counter()
+    return {
+        "fingerprint": proof,
+        "route": update.route.name,
+        "tensors": len(update.image),
+        "write_ms": (wrote - start) * 1000,
+        "proof_ms": (done - wrote) * 1000,
+    }
+
+
+@_answered
+def hotweights_undo(self: Any) -> Status:
+    """Back to what was served before the apply; ok only when the fingerprint proves it."""
+    return {"fingerprint": _rank(self).undo()}
+
+
+@_answered
+def hotweights_release(self: Any) -> Status:
+    """Drops the copies and unmaps. Not ok while something holds on to the mapping: its files must stay."""
+    if _rank(self).release():
+        return {}
+    return {"ok": False, "reason": "a tensor of the mapped image is still in use"}
+
+
+METHODS: dict[str, Callable[..., Status]] = {
+    method.__name__: method
+    for method in (
+        hotweights_identify,
+        hotweights_fingerprint,
+        hotweights_prepare,
+        hotweights_prepared,
+        hotweights_apply,
+        hotweights_undo,
+        hotweights_release,
+    )
+}
+
+
+def install() -> None:
+    """Sets the methods on vLLM's WorkerBase; again does nothing new."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    for name, method in METHODS.items():
+        setattr(WorkerBase, name, method)
