@@ -1,0 +1,1 @@
+"""The study: versions, plans, updates and events. No torch, no weights, no transport."""

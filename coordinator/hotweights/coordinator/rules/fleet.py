@@ -1,0 +1,428 @@
+"""Who is there: members attach, are heard from, fall silent and leave; what they report."""
+
+from dataclasses import replace
+
+from hotweights.coordinator.rules import events as e
+from hotweights.coordinator.rules.orders import Declined, NoteKind
+from hotweights.coordinator.rules.records import (
+    Member,
+    ModelRecord,
+    Outcome,
+    Phase,
+    ReplicaRecord,
+    Ticket,
+    UpdateRecord,
+)
+from hotweights.coordinator.rules.state import Node, Seat
+from hotweights.coordinator.rules.turn import Turn
+from hotweights.coordinator.rules.update import fail_member
+
+
+def agent_attached(turn: Turn, event: e.AgentAttached) -> None:
+    present = turn.nodes.get(event.node)
+    _same_life(turn, "node", event.node, present, event.incarnation)
+    node = Node(
+        id=event.node,
+        session=event.session,
+        incarnation=event.incarnation,
+        endpoint=event.endpoint,
+        held=event.held,
+        lease_until=turn.now + turn.limits.lease_s,
+        token_key=event.token_key,
+        bytes_used=event.bytes_used,
+        bytes_free=event.bytes_free,
+    )
+    turn.nodes.put(event.node, node)
+    if present is None or not present.connected:
+        turn.note(NoteKind.NODE_ATTACHED, f"node {event.node} is here", node=event.node)
+    _note_available(turn)
+    for update in [u for u in turn.updates.values() if u.phase.is_open]:
+        _forget_asked(turn, update, event.node)
+        turn.touch(update.model)
+    for model in _models_of(turn, event.held):
+        turn.touch(model)
+
+
+def replica_attached(turn: Turn, event: e.ReplicaAttached) -> None:
+    present = turn.seats.get(event.replica)
+    _same_life(turn, "replica", event.replica, present, event.incarnation)
+    model = _model_for(turn, event)
+    seat = Seat(
+        id=event.replica,
+        model=model,
+        session=event.session,
+        incarnation=event.incarnation,
+        nodes=tuple(dict.fromkeys(node for _, node, _ in event.ranks)),
+        ranks=event.ranks,
+        active=event.active,
+        identifying=event.identifying,
+        open_window=event.open_window,
+        engine=event.engine,
+        lease_until=turn.now + turn.limits.lease_s,
+        fingerprints=event.fingerprints,
+        window=present.window if present and present.incarnation == event.incarnation else None,
+    )
+    turn.seats.put(event.replica, seat)
+    record = turn.replicas.get(event.replica)
+    if record is None or record.model != model:
+        turn.replicas.put(event.replica, ReplicaRecord(event.replica, model))
+    if present is None or not present.connected:
+        turn.note(
+            NoteKind.REPLICA_ATTACHED,
+            f"replica {event.replica} follows {model}",
+            model=model,
+            replica=event.replica,
+        )
+    new_life = present is None or present.incarnation != event.incarnation
+    _compare(turn, seat, new_life=new_life)
+    turn.touch(model)
+
+
+def _same_life(turn: Turn, what: str, name: str, present: Seat | Node | None, incarnation: str) -> None:
+    """The same incarnation replaces its older stream; another live one is declined."""
+    if present is None or not present.connected:
+        return
+    if present.incarnation != incarnation:
+        raise Declined(
+            "ALREADY_EXISTS",
+            "MEMBER_EXISTS",
+            f"another live process is {what} {name}; give this one another name",
+            member=name,
+        )
+    turn.end_session(present.session, "replaced by a newer stream of the same process")
+
+
+def _model_for(turn: Turn, event: e.ReplicaAttached) -> str:
+    """The model named, or the only one there is."""
+    names = sorted(model.name for model in turn.models.values())
+    if not event.model and len(names) != 1:
+        known = ", ".join(names) or "none yet"
+        raise Declined(
+            "FAILED_PRECONDITION",
+            "MODEL_UNCLEAR",
+            f"name the model to follow (HOTWEIGHTS_MODEL); the coordinator has: {known}",
+            models=known,
+        )
+    name = event.model or names[0]
+    model = turn.models.get(name) or ModelRecord(name)
+    if model.policy is None and event.policy is not None:
+        model = replace(model, policy=event.policy)
+        turn.note(NoteKind.MODEL_POLICY, f"{name}: policy {event.policy.value}", model=name)
+    if turn.models.get(name) != model:
+        turn.models.put(name, model)
+    return name
+
+
+def _compare(turn: Turn, seat: Seat, *, new_life: bool) -> None:
+    """What the replica says of itself against what open updates expect of it."""
+    for update in turn.open_updates(seat.model):
+        member = update.members.get(seat.id)
+        if member is None:
+            continue
+        effort = turn.efforts.get(update.id)
+        if effort is not None and seat.id in effort.preparing:
+            preparing = {k: v for k, v in effort.preparing.items() if k != seat.id}
+            turn.efforts.put(update.id, replace(effort, preparing=preparing))
+        if member.outcome is Outcome.PREPARED:
+            turn.put_member(update.id, replace(member, outcome=Outcome.STAGING))
+        elif member.outcome is Outcome.RESTORING and seat.open_window != update.id:
+            # The order may have been lost with the stream; going back is asked again.
+            turn.put_member(update.id, replace(member, outcome=Outcome.FAILED))
+        elif member.outcome is Outcome.APPLYING and seat.open_window != update.id:
+            _compare_applying(turn, update, member, seat, new_life=new_life)
+
+
+def _compare_applying(turn: Turn, update: UpdateRecord, member: Member, seat: Seat, *, new_life: bool) -> None:
+    if seat.active == update.target_digest and not seat.identifying:
+        turn.put_member(update.id, replace(member, outcome=Outcome.APPLIED))
+    elif new_life and turn.now > turn.led_at + turn.limits.lease_s:
+        fail_member(turn, update.id, seat.id, "restarted during its window")
+    # Else its report may still come; the deadline of its GO stands.
+
+
+def _forget_asked(turn: Turn, update: UpdateRecord, node: str) -> None:
+    """A node that attached anew is asked again for all it has not reported as staged."""
+    effort = turn.efforts.get(update.id)
+    if effort is not None:
+        turn.efforts.put(
+            update.id,
+            replace(
+                effort,
+                asked=frozenset(pair for pair in effort.asked if pair[0] != node),
+                staged=frozenset(pair for pair in effort.staged if pair[0] != node),
+            ),
+        )
+
+
+def _models_of(turn: Turn, digests: frozenset[str]) -> set[str]:
+    return {v.model for v in turn.versions.values() if v.digest in digests}
+
+
+def _note_available(turn: Turn) -> None:
+    """Versions that a verified holder brought within reach for the first time."""
+    held = frozenset().union(*(n.held for n in turn.nodes.values() if n.connected))
+    for key, version in list(turn.versions.items()):
+        if version.digest in held and not version.available_once:
+            turn.versions.put(key, replace(version, available_once=True))
+            turn.note(
+                NoteKind.VERSION_AVAILABLE,
+                f"{version.model} {version.name} can be staged",
+                model=version.model,
+                version=version.name,
+            )
+            turn.touch(version.model)
+
+
+def _current(turn: Turn, event: e.FromMember) -> Seat | Node | None:
+    """The member the session belongs to; None for a session that was replaced."""
+    for member in (turn.seats.get(event.member), turn.nodes.get(event.member)):
+        if member is not None and member.connected and member.session == event.session:
+            return member
+    return None
+
+
+def left(turn: Turn, event: e.Left) -> None:
+    member = _current(turn, event)
+    if member is not None:
+        disconnect(turn, member, "its stream ended")
+
+
+def disconnect(turn: Turn, member: Seat | Node, why: str) -> None:
+    """Not there for now; it has the rest of its lease to come back."""
+    if isinstance(member, Seat):
+        turn.seats.put(member.id, replace(member, connected=False))
+        turn.note(
+            NoteKind.REPLICA_DETACHED,
+            f"replica {member.id}: {why}",
+            model=member.model,
+            replica=member.id,
+        )
+        turn.touch(member.model)
+        return
+    turn.nodes.put(member.id, replace(member, connected=False))
+    turn.note(NoteKind.NODE_DETACHED, f"node {member.id}: {why}", node=member.id)
+    for version in list(turn.versions.values()):
+        if version.digest in member.held and not turn.holders(version.digest):
+            turn.note(
+                NoteKind.VERSION_UNAVAILABLE,
+                f"{version.model} {version.name}: no node that is here holds it",
+                model=version.model,
+                version=version.name,
+            )
+
+
+def heard(turn: Turn, event: e.FromMember) -> Seat | Node | None:
+    """Renews the lease of whoever spoke; None when nobody is to be listened to."""
+    member = _current(turn, event)
+    lease_until = turn.now + turn.limits.lease_s
+    if isinstance(member, Seat):
+        member = replace(member, lease_until=lease_until)
+        turn.seats.put(member.id, member)
+    elif isinstance(member, Node):
+        member = replace(member, lease_until=lease_until)
+        turn.nodes.put(member.id, member)
+    return member
+
+
+def expire_leases(turn: Turn) -> None:
+    """A silent member is disconnected; inside a window the window's deadline counts instead."""
+    for node in list(turn.nodes.values()):
+        if node.connected and turn.now >= node.lease_until:
+            turn.end_session(node.session, "no heartbeat for a whole lease")
+            disconnect(turn, node, "no heartbeat for a whole lease")
+    for seat in list(turn.seats.values()):
+        if seat.connected and turn.now >= seat.lease_until and not _in_window(turn, seat):
+            turn.end_session(seat.session, "no heartbeat for a whole lease")
+            disconnect(turn, seat, "no heartbeat for a whole lease")
+
+
+def forget_the_lost(turn: Turn) -> None:
+    """Whoever is away for long and owed nothing is no longer shown."""
+    for node in list(turn.nodes.values()):
+        if not node.connected and turn.now >= node.lease_until + turn.limits.forget_s:
+            turn.nodes.drop(node.id)
+    for seat in list(turn.seats.values()):
+        long_gone = turn.now >= seat.lease_until + turn.limits.forget_s
+        if seat.connected or not long_gone or _on_a_roster(turn, seat):
+            continue
+        turn.seats.drop(seat.id)
+        record, model = turn.replicas[seat.id], turn.models[seat.model]
+        if not record.excluded and record.desired == turn.digest_of(model.name, model.committed):
+            turn.replicas.drop(seat.id)
+
+
+def _on_a_roster(turn: Turn, seat: Seat) -> bool:
+    return any(seat.id in update.members for update in turn.open_updates(seat.model))
+
+
+def _in_window(turn: Turn, seat: Seat) -> bool:
+    for update in turn.open_updates(seat.model):
+        member = update.members.get(seat.id)
+        if member and member.outcome in (Outcome.APPLYING, Outcome.RESTORING):
+            return True
+    return False
+
+
+# Reports.
+
+
+def stage_progressed(turn: Turn, node: Node, event: e.StageProgressed) -> None:
+    effort = turn.efforts.get(event.update)
+    if effort is not None:
+        progress = {**effort.progress, node.id: (event.bytes_done, event.bytes_total)}
+        turn.efforts.put(event.update, replace(effort, progress=progress))
+
+
+def staged(turn: Turn, node: Node, event: e.Staged) -> None:
+    turn.nodes.put(node.id, replace(turn.nodes[node.id], held=node.held | {event.digest}))
+    update, effort = turn.updates.get(event.update), turn.efforts.get(event.update)
+    if update is not None and effort is not None:
+        pair = (node.id, event.digest)
+        turn.efforts.put(event.update, replace(effort, staged=effort.staged | {pair}))
+        turn.note_update(NoteKind.NODE_STAGED, update, f"node {node.id} staged {event.digest[:12]}")
+        turn.touch(update.model)
+    _note_available(turn)
+
+
+def stage_failed(turn: Turn, node: Node, event: e.StageFailed) -> None:
+    """Every replica on the node that waits for the image fails with the node's reason."""
+    update = turn.updates.get(event.update)
+    if update is None or not update.phase.is_open:
+        return
+    for member in update.members.values():
+        waits = member.outcome is Outcome.STAGING and node.id in member.nodes
+        if waits and turn.updates[update.id].phase in (Phase.STAGING, Phase.APPLYING):
+            fail_member(turn, update.id, member.replica, f"node {node.id}: {event.reason}")
+    turn.touch(update.model)
+
+
+def held_changed(turn: Turn, node: Node, event: e.HeldChanged) -> None:
+    changed = replace(
+        turn.nodes[node.id],
+        held=event.held,
+        bytes_used=event.bytes_used,
+        bytes_free=event.bytes_free,
+    )
+    turn.nodes.put(node.id, changed)
+    _note_available(turn)
+    for version in turn.versions.values():
+        if version.digest in node.held - event.held and not turn.holders(version.digest):
+            turn.note(
+                NoteKind.VERSION_UNAVAILABLE,
+                f"{version.model} {version.name}: node {node.id} holds it no longer",
+                model=version.model,
+                version=version.name,
+            )
+
+
+def prepared(turn: Turn, seat: Seat, event: e.Prepared) -> None:
+    update = _expected(turn, seat, event.update, event.ticket)
+    if update is None:
+        return
+    member = update.members[seat.id]
+    if member.outcome is Outcome.STAGING:
+        turn.put_member(update.id, replace(member, outcome=Outcome.PREPARED, base=event.base))
+        turn.touch(update.model)
+
+
+def prepare_failed(turn: Turn, seat: Seat, event: e.PrepareFailed) -> None:
+    update = _expected(turn, seat, event.update, event.ticket)
+    if update is not None and update.members[seat.id].outcome is Outcome.STAGING:
+        fail_member(turn, update.id, seat.id, event.reason)
+        turn.touch(update.model)
+
+
+def _expected(turn: Turn, seat: Seat, update_id: str, ticket: Ticket) -> UpdateRecord | None:
+    """The open update whose Prepare this answers; None for a stale or doubled report."""
+    update, effort = turn.updates.get(update_id), turn.efforts.get(update_id)
+    if update is None or effort is None or update.phase not in (Phase.STAGING, Phase.APPLYING):
+        return None
+    return update if effort.preparing.get(seat.id) == ticket else None
+
+
+def _answered(turn: Turn, seat: Seat, update_id: str, ticket: Ticket) -> Member | None:
+    """The member whose outstanding window this reports on.
+
+    Epoch and number must both be those of the order: numbers start anew with each epoch.
+    """
+    update = turn.updates.get(update_id)
+    member = update.members.get(seat.id) if update is not None and update.phase.is_open else None
+    return member if member is not None and member.ticket == ticket else None
+
+
+def applied(turn: Turn, seat: Seat, event: e.Applied) -> None:
+    member = _answered(turn, seat, event.update, event.ticket)
+    if member is None:
+        return
+    turn.seats.put(
+        seat.id,
+        replace(
+            turn.seats[seat.id],
+            active=event.active,
+            fingerprints=event.fingerprints,
+            window=event.window,
+            open_window="",
+        ),
+    )
+    update = turn.updates[event.update]
+    restoring = member.outcome is Outcome.RESTORING
+    wanted = member.base if restoring else update.target_digest
+    if member.outcome not in (Outcome.APPLYING, Outcome.RESTORING):
+        return
+    if event.active != wanted:
+        fail_member(turn, update.id, seat.id, f"it serves {event.active[:12] or 'nothing known'}")
+    else:
+        outcome = Outcome.RESTORED if restoring else Outcome.APPLIED
+        turn.put_member(update.id, replace(member, outcome=outcome, window=event.window))
+        kind = NoteKind.REPLICA_RESTORED if restoring else NoteKind.REPLICA_APPLIED
+        window = event.window
+        message = (
+            f"{seat.id}: {outcome.value}, paused {window.quiesce_ms:.1f} + {window.apply_ms:.1f} "
+            f"+ {window.resume_ms:.1f} ms (quiesce, apply, resume)"
+        )
+        turn.note_update(kind, update, message, replica=seat.id, window=window)
+    turn.touch(update.model)
+
+
+def apply_failed(turn: Turn, seat: Seat, event: e.ApplyFailed) -> None:
+    member = _answered(turn, seat, event.update, event.ticket)
+    if member is None:
+        return
+    turn.seats.put(
+        seat.id,
+        replace(turn.seats[seat.id], active=event.active, open_window="", note=event.reason),
+    )
+    if member.outcome is Outcome.RESTORING:
+        outcome = Outcome.TORN if event.torn else Outcome.DIVERGED
+        turn.put_member(event.update, replace(member, outcome=outcome, reason=event.reason))
+    elif member.outcome is Outcome.APPLYING:
+        fail_member(turn, event.update, seat.id, event.reason, torn=event.torn)
+    turn.touch(seat.model)
+
+
+def active_changed(turn: Turn, seat: Seat, event: e.ActiveChanged) -> None:
+    turn.seats.put(
+        seat.id,
+        replace(
+            turn.seats[seat.id],
+            active=event.active,
+            identifying=False,
+            fingerprints=event.fingerprints or seat.fingerprints,
+            note=event.note,
+        ),
+    )
+    turn.touch(seat.model)
+
+
+def order_refused(turn: Turn, member: Seat | Node, event: e.OrderRefused) -> None:
+    """A NACK ends what the order was part of, as a failure report would."""
+    who = (event.now, event.member, event.session)
+    reason = f"refused: {event.reason}"
+    if isinstance(member, Node):
+        stage_failed(turn, member, e.StageFailed(*who, event.update, "", reason))
+    elif _expected(turn, member, event.update, event.ticket) is not None:
+        failed = e.PrepareFailed(*who, event.update, event.ticket, reason)
+        prepare_failed(turn, member, failed)
+    else:
+        not_applied = e.ApplyFailed(*who, event.update, event.ticket, reason, member.active)
+        apply_failed(turn, member, not_applied)

@@ -1,0 +1,117 @@
+"""All there is: the records, and what members said of themselves since this leader began."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from hotweights.coordinator.rules.records import (
+    Member,
+    ModelRecord,
+    Outcome,
+    ReplicaRecord,
+    Ticket,
+    UpdateRecord,
+    VersionRecord,
+    WindowTimes,
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Settings the rules need; seconds unless named otherwise."""
+
+    lease_s: float = 15.0
+    go_validity_s: float = 10.0
+    report_margin_s: float = 5.0
+    roll_back_deadline_s: float = 300.0
+    catch_up_backoff_s: float = 5.0
+    catch_up_failures_max: int = 3
+    forget_s: float = 600.0
+    keep_versions: int = 0
+    history_max: int = 16
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A replica's presence."""
+
+    id: str
+    model: str
+    session: str
+    incarnation: str
+    nodes: tuple[str, ...]
+    ranks: tuple[tuple[int, str, int], ...]
+    active: str
+    identifying: bool
+    open_window: str
+    engine: str
+    lease_until: float
+    connected: bool = True
+    fingerprints: tuple[str, ...] = ()
+    window: WindowTimes | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Node:
+    """An agent's presence. `token_key` checks transfer tokens and is never shown."""
+
+    id: str
+    session: str
+    incarnation: str
+    endpoint: str
+    held: frozenset[str]
+    lease_until: float
+    token_key: bytes = field(default=b"", repr=False)
+    bytes_used: int = 0
+    bytes_free: int = 0
+    connected: bool = True
+    pins_told: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What this leader has done so far for an open update."""
+
+    deadline_at: float
+    asked: frozenset[tuple[str, str]] = frozenset()
+    staged: frozenset[tuple[str, str]] = frozenset()
+    progress: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    preparing: Mapping[str, Ticket] = field(default_factory=dict)
+    due: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class State:
+    """Records first; then what is volatile."""
+
+    epoch: int
+    led_at: float
+    limits: Limits = field(default_factory=Limits)
+    models: Mapping[str, ModelRecord] = field(default_factory=dict)
+    versions: Mapping[tuple[str, str], VersionRecord] = field(default_factory=dict)
+    updates: Mapping[str, UpdateRecord] = field(default_factory=dict)
+    replicas: Mapping[str, ReplicaRecord] = field(default_factory=dict)
+    seats: Mapping[str, Seat] = field(default_factory=dict)
+    nodes: Mapping[str, Node] = field(default_factory=dict)
+    efforts: Mapping[str, Effort] = field(default_factory=dict)
+    next_number: int = 1
+
+
+def recovered(state: State) -> State:
+    """Records as a new leader takes them over.
+
+    What was prepared is asked for again: whether it still holds is the replica's to say.
+    """
+    updates = dict(state.updates)
+    for update in state.updates.values():
+        if not update.phase.is_open:
+            continue
+        members = {name: _unprepared(member) for name, member in update.members.items()}
+        updates[update.id] = replace(update, members=members)
+    return replace(state, updates=updates)
+
+
+def _unprepared(member: Member) -> Member:
+    if member.outcome is Outcome.PREPARED:
+        return replace(member, outcome=Outcome.STAGING)
+    return member
