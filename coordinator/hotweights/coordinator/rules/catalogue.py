@@ -190,7 +190,7 @@ def start_update(turn: Turn, target: VersionRecord, kind: Kind, options: Options
     waves = plan_waves([seat.id for seat in roster], options, _unready(turn, target.model))
     wave_of = {name: wave for wave, names in enumerate(waves) for name in names}
     members = {s.id: Member(s.id, s.nodes, wave_of[s.id], s.active) for s in roster}
-    return _open(turn, target, kind, options, members, model.committed or _base(turn, roster))
+    return _open(turn, target, kind, options, members, model.committed or base_of(turn, roster))
 
 
 def _open(
@@ -274,7 +274,7 @@ def check_start(turn: Turn, target: VersionRecord, options: Options) -> list[Sea
     return sorted(roster, key=lambda seat: seat.id)
 
 
-def _base(turn: Turn, roster: list[Seat]) -> str:
+def base_of(turn: Turn, roster: list[Seat]) -> str:
     """Before the first commit: the version that all replicas serve, if it is one."""
     digests = {seat.active for seat in roster}
     if len(digests) != 1:

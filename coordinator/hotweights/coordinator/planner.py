@@ -1,0 +1,52 @@
+"""How an update would go, without starting it."""
+
+from hotweights.coordinator.rules.catalogue import base_of, check_start, version_named
+from hotweights.coordinator.rules.records import Options
+from hotweights.coordinator.rules.state import Seat, State
+from hotweights.coordinator.rules.turn import Turn
+from hotweights.coordinator.rules.waves import plan_waves
+from hotweights.v1 import update_pb2
+
+
+def plan_update(state: State, now: float, model: str, version: str, options: Options) -> update_pb2.Plan:
+    """The plan StartUpdate would follow now. Raises Declined for the reasons it would."""
+    turn = Turn(state, now)
+    target = version_named(turn, model, version)
+    roster = check_start(turn, target, options)
+    record = state.models[model]
+    plan = update_pb2.Plan(
+        model=model,
+        base_version=record.committed or base_of(turn, roster),
+        target_version=target.name,
+    )
+    for names in plan_waves([seat.id for seat in roster], options):
+        plan.waves.add(replica_ids=names)
+    holders = sorted(node.id for node in turn.holders(target.digest))
+    for node_id in sorted({node for seat in roster for node in seat.nodes}):
+        row = plan.nodes.add(node_id=node_id)
+        if node_id in holders:
+            continue
+        row.fetch_bytes, row.fetch_buckets = target.image_bytes, target.bucket_count
+        row.source_node_ids.extend(holders)
+    plan.notes.extend(_notes(state, roster, target.image_bytes))
+    return plan
+
+
+def _notes(state: State, roster: list[Seat], image_bytes: int) -> list[str]:
+    notes = []
+    unversioned = [seat.id for seat in roster if not seat.active]
+    if unversioned:
+        notes.append(
+            f"{len(unversioned)} replicas serve weights that no image is known for "
+            f"({', '.join(unversioned[:3])}); only copies kept in the window can take them back"
+        )
+    for node_id in sorted({node for seat in roster for node in seat.nodes}):
+        node = state.nodes.get(node_id)
+        if node is None:
+            notes.append(f"node {node_id} has no agent yet")
+        elif node.bytes_free < image_bytes:
+            notes.append(
+                f"node {node_id} has {node.bytes_free / 1e9:.2f} GB free in its stage; the image "
+                f"takes {image_bytes / 1e9:.2f} GB: an image that is not pinned would have to go"
+            )
+    return notes

@@ -1,0 +1,1 @@
+"""The edge: messages in and out, statuses, streams. Decides nothing."""

@@ -1,0 +1,261 @@
+"""WorkerService: the session of every agent and every replica.
+
+    Hello -> attach (durable, then Welcome) -> orders down, reports up -> left
+
+When a client dies the request iterator just ends, so leaving is noted in `finally`.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator
+
+import grpc
+
+from hotweights.coordinator.hub import Outlet
+from hotweights.coordinator.rules import Declined, State
+from hotweights.coordinator.rules import events as e
+from hotweights.coordinator.rules.records import Ticket
+from hotweights.coordinator.runtime import Runtime
+from hotweights.coordinator.service import convert
+from hotweights.coordinator.service.status import Context, abort
+from hotweights.v1 import worker_service_pb2 as pb
+from hotweights.v1 import worker_service_pb2_grpc as rpc
+from hotweights.wire.errors import Refused
+
+log = logging.getLogger(__name__)
+
+HELLO_DEADLINE_S = 10.0
+WRITE_DEADLINE_S = 30.0
+DIGEST_BYTES = 32
+
+
+class WorkerService(rpc.WorkerServiceServicer):
+    """One coroutine a stream; the runtime decides."""
+
+    def __init__(self, runtime: Runtime, heartbeat_s: float, lease_s: float) -> None:
+        self._runtime = runtime
+        self._heartbeat_s = heartbeat_s
+        self._lease_s = lease_s
+
+    async def Session(self, request_iterator: AsyncIterator[pb.SessionRequest], context: Context) -> None:
+        session = str(uuid.uuid4())
+        outlet = self._runtime.hub.open(session)
+        member = ""
+        try:
+            hello = await _hello(request_iterator)
+            member = hello.agent.node_id or hello.replica.replica_id
+            welcome = await self._attach(session, hello)
+            await asyncio.wait_for(context.write(pb.SessionResponse(welcome=welcome)), WRITE_DEADLINE_S)
+            await self._talk(session, member, outlet, request_iterator, context)
+        except (Declined, Refused) as error:
+            await abort(context, error)
+        except asyncio.TimeoutError:
+            await abort(context, _late("an answer could not be written in time"))
+        finally:
+            self._runtime.hub.close(session)
+            if member:
+                await self._runtime.put(e.Left(self._runtime.now(), member, session))
+
+    async def _attach(self, session: str, hello: pb.Hello) -> pb.Welcome:
+        event = _attached(self._runtime.now(), session, hello)
+
+        def answer(state: State) -> bytes:
+            seat = state.seats.get(hello.replica.replica_id)
+            return (seat.model if seat is not None else "").encode()
+
+        model = await self._runtime.ask(event, answer)
+        return pb.Welcome(
+            session_id=session,
+            cluster_id=self._runtime.cluster_id,
+            epoch=self._runtime.state.epoch,
+            revision=self._runtime.revision,
+            model=model.decode(),
+            heartbeat_s=self._heartbeat_s,
+            lease_s=self._lease_s,
+        )
+
+    async def _talk(
+        self,
+        session: str,
+        member: str,
+        outlet: Outlet,
+        requests: AsyncIterator[pb.SessionRequest],
+        context: Context,
+    ) -> None:
+        """Until the member leaves, its outlet ends, or it reads too slowly."""
+        hears = asyncio.create_task(self._hear(session, member, requests))
+        speaks = asyncio.create_task(_speak(outlet, context))
+        ends = asyncio.create_task(outlet.ended.wait())
+        tasks = {hears, speaks, ends}
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in (hears, speaks):
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+        if outlet.ended.is_set():
+            raise Refused(grpc.StatusCode.UNAVAILABLE, "SESSION_ENDED", outlet.reason)
+
+    async def _hear(self, session: str, member: str, requests: AsyncIterator[pb.SessionRequest]) -> None:
+        # Tickets of orders that were refused: an answer names only number and nonce.
+        async for request in requests:
+            event = _event(self._runtime, session, member, request)
+            if event is not None:
+                await self._runtime.put(event)
+
+
+async def _speak(outlet: Outlet, context: Context) -> None:
+    while True:
+        order = await outlet.queue.get()
+        await asyncio.wait_for(context.write(pb.SessionResponse(order=order)), WRITE_DEADLINE_S)
+
+
+async def _hello(requests: AsyncIterator[pb.SessionRequest]) -> pb.Hello:
+    try:
+        first = await asyncio.wait_for(anext(requests), HELLO_DEADLINE_S)
+    except StopAsyncIteration:
+        raise _bad_hello("the stream ended before a Hello") from None
+    except asyncio.TimeoutError:
+        raise _late("no Hello came in time") from None
+    if first.WhichOneof("message") != "hello":
+        raise _bad_hello("the first message of a session is a Hello")
+    hello = first.hello
+    if not hello.incarnation or not (hello.agent.node_id or hello.replica.replica_id):
+        raise _bad_hello("a Hello says its incarnation and the id of its node or replica")
+    return hello
+
+
+def _bad_hello(message: str) -> Refused:
+    return Refused(grpc.StatusCode.INVALID_ARGUMENT, "BAD_HELLO", message)
+
+
+def _late(message: str) -> Refused:
+    return Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "TOO_SLOW", message)
+
+
+def _attached(now: float, session: str, hello: pb.Hello) -> e.Event:
+    if hello.WhichOneof("member") == "agent":
+        agent = hello.agent
+        return e.AgentAttached(
+            now=now,
+            node=agent.node_id,
+            session=session,
+            incarnation=hello.incarnation,
+            endpoint=agent.data_endpoint,
+            held=frozenset(d.hex() for d in agent.held_digests),
+            token_key=agent.token_key,
+            bytes_used=agent.stage_bytes_used,
+            bytes_free=agent.stage_bytes_free,
+        )
+    replica = hello.replica
+    if not replica.ranks:
+        raise _bad_hello("a replica's Hello lists every rank with its node")
+    return e.ReplicaAttached(
+        now=now,
+        replica=replica.replica_id,
+        session=session,
+        incarnation=hello.incarnation,
+        model=replica.model,
+        policy=convert.policy_from(replica.policy),
+        ranks=tuple((rank.index, rank.node_id, rank.pid) for rank in replica.ranks),
+        active=replica.active_digest.hex(),
+        identifying=replica.identifying,
+        open_window=replica.open_window,
+        engine=replica.engine,
+        fingerprints=tuple(f.hex() for f in replica.fingerprints),
+    )
+
+
+def _event(runtime: Runtime, session: str, member: str, request: pb.SessionRequest) -> e.Event | None:
+    who = (runtime.now(), member, session)
+    match request.WhichOneof("message"):
+        case "answer" if request.answer.refusal:
+            # Numbers are unique within an epoch, and a NACK answers an order of this session.
+            ticket = Ticket(runtime.state.epoch, request.answer.number)
+            update = _update_of(runtime.state, ticket, member)
+            return e.OrderRefused(*who, update, ticket, request.answer.refusal)
+        case "report":
+            return _report(who, request.report)
+        case "heartbeat" | "answer":
+            return e.Beat(*who)
+        case _:
+            return None
+
+
+def _update_of(state: State, ticket: Ticket, member: str) -> str:
+    """The open update an order belonged to; a Stage order's is any that waits for the node."""
+    for update in state.updates.values():
+        if not update.phase.is_open:
+            continue
+        seated = update.members.get(member)
+        effort = state.efforts.get(update.id)
+        asked = effort is not None and effort.preparing.get(member) == ticket
+        if asked or (seated is not None and seated.ticket == ticket):
+            return update.id
+        if effort is not None and any(node == member for node, _ in effort.asked):
+            return update.id
+    return ""
+
+
+def _report(who: tuple[float, str, str], report: pb.Report) -> e.Event | None:
+    ticket, update = Ticket(report.epoch, report.number), report.update_id
+    match report.WhichOneof("event"):
+        case "stage_progress":
+            progress = report.stage_progress
+            digest = progress.manifest_digest.hex()
+            return e.StageProgressed(*who, update, digest, progress.bytes_done, progress.bytes_total)
+        case "staged":
+            return e.Staged(*who, update, report.staged.manifest_digest.hex())
+        case "stage_failed":
+            failed = report.stage_failed
+            return e.StageFailed(*who, update, failed.manifest_digest.hex(), failed.reason)
+        case "images_held":
+            held = report.images_held
+            digests = frozenset(d.hex() for d in held.digests)
+            return e.HeldChanged(*who, digests, held.stage_bytes_used, held.stage_bytes_free)
+        case _:
+            return _replica_report(who, ticket, report)
+
+
+def _replica_report(who: tuple[float, str, str], ticket: Ticket, report: pb.Report) -> e.Event | None:
+    update = report.update_id
+    match report.WhichOneof("event"):
+        case "prepared":
+            return e.Prepared(*who, update, ticket, report.prepared.base_digest.hex())
+        case "prepare_failed":
+            return e.PrepareFailed(*who, update, ticket, report.prepare_failed.reason)
+        case "applied":
+            applied = report.applied
+            return e.Applied(
+                *who,
+                update,
+                ticket,
+                applied.active_digest.hex(),
+                convert.window_from(applied.window),
+                tuple(f.hex() for f in applied.fingerprints),
+            )
+        case "apply_failed":
+            failed = report.apply_failed
+            return e.ApplyFailed(
+                *who,
+                update,
+                ticket,
+                failed.reason,
+                failed.active_digest.hex(),
+                torn=failed.failure == pb.APPLY_FAILURE_TORN,
+                window=convert.window_from(failed.window),
+            )
+        case "active_changed":
+            changed = report.active_changed
+            return e.ActiveChanged(
+                *who,
+                changed.active_digest.hex(),
+                tuple(f.hex() for f in changed.fingerprints),
+                changed.note,
+            )
+        case _:
+            return e.Beat(*who)
