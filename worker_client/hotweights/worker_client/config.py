@@ -9,7 +9,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hotweights.wire.endpoint import Endpoint, parse_endpoint
@@ -172,4 +172,19 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         use_ipc_agent=env.get("HOTWEIGHTS_USE_IPC_AGENT", "").lower() in _TRUE,
         adopt_cluster=env.get("HOTWEIGHTS_ADOPT_CLUSTER", "").lower() in _TRUE,
         failpoints=env.get("HOTWEIGHTS_FAILPOINTS", ""),
+    )
+
+
+def with_overrides(
+    config: Config,
+    endpoint: str | None = None,
+    model: str | None = None,
+    name_map: Mapping[str, str] | None = None,
+) -> Config:
+    """The settings with what code gave explicitly; None keeps what was read. Raises BadEndpoint."""
+    return replace(
+        config,
+        endpoint=parse_endpoint(endpoint) if endpoint else config.endpoint,
+        model=config.model if model is None else model,
+        name_map=config.name_map if name_map is None else dict(name_map),
     )
