@@ -35,8 +35,15 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 
 
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
 class BadImage(Exception):
     """The folder is not a usable image; the text names the file or tensor."""
+
+
+class Mismatch(Exception):
+    """The image is not of this model; the text names the tensor."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,24 @@ class _Place:
     spec: TensorSpec
     start: int
     end: int
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As safetensors spells it; torch's own name where it has no word for it."""
+    return _NAMES.get(dtype, str(dtype))
+
+
+def check_specs(image: Mapping[str, TensorSpec], served: Mapping[str, TensorSpec]) -> None:
+    """Raises Mismatch with the tensor's name unless both have the same tensors."""
+    if missing := sorted(served.keys() - image.keys()):
+        raise Mismatch(f"{len(missing)} tensors are missing, first {missing[0]} {served[missing[0]]}")
+    if extra := sorted(image.keys() - served.keys()):
+        raise Mismatch(f"{len(extra)} tensors are not in the model, first {extra[0]} {image[extra[0]]}")
+    for name in sorted(image):
+        if image[name].shape != served[name].shape:
+            raise Mismatch(f"tensor {name} has shape {list(image[name].shape)}, not {list(served[name].shape)}")
+        if image[name].dtype != served[name].dtype:
+            raise Mismatch(f"tensor {name} has dtype {image[name].dtype}, not {served[name].dtype}")
 
 
 def _header(path: Path) -> dict[str, _Place]:

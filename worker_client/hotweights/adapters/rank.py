@@ -7,6 +7,7 @@
 Everything long happens in a daemon thread before the pause: mapping, checking, cloning, hashing.
 """
 
+import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,31 +16,21 @@ from typing import Any
 import torch
 
 from hotweights.adapters import memory
+from hotweights.adapters.checkpoint import checkpoint_folder
 from hotweights.adapters.fingerprint import Probe, combine, digest_tensors, fingerprint, packed_layers
-from hotweights.adapters.mapped import BadImage, MappedImage, TensorSpec, read_specs
+from hotweights.adapters.mapped import MappedImage, TensorSpec, check_specs, read_specs
 from hotweights.adapters.routes import ReloadRoute, Route
 from hotweights.adapters.undo import Copies, Snapshot, undo_bytes
 from hotweights.worker_client.config import load_config
 from hotweights.worker_client.window.failpoints import Failpoints, parse_failpoints
+
+log = logging.getLogger(__name__)
 
 PROBE_SLICE_S = 0.005  # a serving engine waits at most about this long for one poll
 
 
 class RankRefused(Exception):
     """The call cannot be done; nothing was changed by it."""
-
-
-def check_specs(image: Mapping[str, TensorSpec], served: Mapping[str, TensorSpec]) -> None:
-    """Raises RankRefused with the tensor's name unless both have the same tensors."""
-    if missing := sorted(served.keys() - image.keys()):
-        raise RankRefused(f"{len(missing)} tensors are missing, first {missing[0]} {served[missing[0]]}")
-    if extra := sorted(image.keys() - served.keys()):
-        raise RankRefused(f"{len(extra)} tensors are not in the model, first {extra[0]} {image[extra[0]]}")
-    for name in sorted(image):
-        if image[name].shape != served[name].shape:
-            raise RankRefused(f"tensor {name} has shape {list(image[name].shape)}, not {list(served[name].shape)}")
-        if image[name].dtype != served[name].dtype:
-            raise RankRefused(f"tensor {name} has dtype {image[name].dtype}, not {served[name].dtype}")
 
 
 class Job:
@@ -139,9 +130,13 @@ class Rank:
         return Update(image, copies, digest, route, Probe(model))
 
     def _served_specs(self) -> Mapping[str, TensorSpec] | None:
-        """Tensors of the checkpoint that is served; None when the engine has none (dummy weights)."""
+        """Tensors of the checkpoint that is served; None when the engine has none (dummy or streamed weights)."""
         if self._served is None and self._worker.vllm_config.load_config.load_format != "dummy":
-            self._served = read_specs(checkpoint_folder(self._worker.model_config))
+            folder = checkpoint_folder(self._worker.model_config)
+            if folder is None:
+                log.warning("the engine's checkpoint is not here: names and shapes are checked only while applying")
+                return None
+            self._served = read_specs(folder)
         return self._served
 
     def _bytes_needed(self) -> int:
@@ -173,6 +168,7 @@ class Rank:
         if update.snapshot is not None:
             raise RankRefused(f"{folder} was applied already")
         update.copies.check_current(self.model)
+        self._fingerprint = None  # one that is being computed would mix old and new
         update.snapshot, update.specs_before = Snapshot(self.model), self._served
         points = _failpoints()
         points.hit("apply.start")
@@ -197,7 +193,9 @@ class Rank:
             self._served, update.snapshot = update.specs_before, None
         now = self.fingerprint_now()
         if now != update.before:
-            raise RankRefused(f"fingerprint after the undo is {now.hex()}, before the apply it was {update.before.hex()}")
+            raise RankRefused(
+                f"fingerprint after the undo is {now.hex()}, before the apply it was {update.before.hex()}"
+            )
         return now
 
     def fingerprint_now(self) -> bytes:
@@ -244,21 +242,5 @@ def _packed_bytes(layer: torch.nn.Module) -> int:
     return 0 if weight is None else int(weight.nbytes)
 
 
-def checkpoint_folder(model_config: Any) -> Path:
-    """Where the engine's own checkpoint lies; a model id is looked up in the local cache."""
-    folder = Path(model_config.model)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        raise BadImage(f"{model_config.model} is neither a folder nor in the local cache") from error
-
-
 def _failpoints() -> Failpoints:
     return parse_failpoints(load_config().failpoints)
-
-

@@ -21,7 +21,12 @@ class ChangedSincePrepare(Exception):
 
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [t for layer in module.modules() for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
+    return [
+        t
+        for layer in module.modules()
+        for t in (*layer._parameters.values(), *layer._buffers.values())
+        if t is not None
+    ]
 
 
 def _storages(module: torch.nn.Module) -> dict[int, torch.UntypedStorage]:

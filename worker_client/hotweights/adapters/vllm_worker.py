@@ -34,7 +34,7 @@ def _answered(method: Callable[..., Status]) -> Callable[..., Status]:
         status: Status = {"call": call, "rank": int(getattr(self, "rank", 0)), "ok": True, "reason": ""}
         try:
             status.update(method(self, *args))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             log.warning("%s failed: %r", method.__name__, error, exc_info=True)
             status.update(ok=False, reason=f"{type(error).__name__}: {error}")
         return status

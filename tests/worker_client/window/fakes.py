@@ -1,0 +1,178 @@
+"""An engine, an agent and a session stream in memory: for tests of the window and the controller, not of them."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from hotweights.v1 import worker_service_pb2 as pb
+from hotweights.worker_client.window.engine import EngineFacts, EngineFailed, PauseMode, Status
+
+
+class FakeEngine:
+    """Ranks that hold a folder's name for weights. `does` overrides what a call answers."""
+
+    def __init__(self, ranks: int = 2, folder: str = "/base") -> None:
+        self.facts = EngineFacts("fake 1", folder, ranks)
+        self.weights = [folder] * ranks
+        self.kept: list[str] | None = None
+        self.prepared = ""
+        self.paused = False
+        self.tag = ""
+        self.calls: list[str] = []
+        self.killed = ""
+        self.does: dict[str, Callable[..., Awaitable[Any]]] = {}
+
+    def proof(self, rank: int) -> bytes:
+        return f"{rank}:{self.weights[rank]}".encode()
+
+    async def _done(self, name: str, *args: Any) -> Any:
+        assert not self.killed, f"{name} on an engine that was killed"
+        self.calls.append(name)
+        if name in self.does:
+            return await self.does[name](*args)
+        return None
+
+    async def pause(self, mode: PauseMode) -> None:
+        await self._done("pause", mode)
+        self.paused = True
+
+    async def resume(self) -> None:
+        await self._done("resume")
+        self.paused = False
+
+    async def rpc(self, method: str, *args: Any) -> list[Status]:
+        name = method.removeprefix("hotweights_")
+        overridden = await self._done(name, *args)
+        if overridden is not None:
+            answers: list[Status] = overridden
+            return answers
+        call, *rest = args
+        return [
+            {"call": call, "rank": rank, "ok": True, "reason": "", **getattr(self, f"_{name}")(rank, *rest)}
+            for rank in range(self.facts.rank_count)
+        ]
+
+    def _identify(self, rank: int) -> Status:
+        return {"pid": 100 + rank}
+
+    def _fingerprint(self, rank: int) -> Status:
+        return {"done": True, "fingerprint": self.proof(rank)}
+
+    def _prepare(self, rank: int, folder: str, name_map: dict[str, str]) -> Status:
+        self.prepared, self.kept = folder, None
+        return {}
+
+    def _prepared(self, rank: int) -> Status:
+        return {"done": True, "fingerprint": self.proof(rank)}
+
+    def _apply(self, rank: int, folder: str) -> Status:
+        assert self.paused
+        assert folder == self.prepared
+        self.kept = self.kept or list(self.weights)
+        self.weights[rank] = folder
+        return {"fingerprint": self.proof(rank)}
+
+    def _undo(self, rank: int) -> Status:
+        assert self.paused
+        assert self.kept is not None
+        self.weights[rank] = self.kept[rank]
+        return {"fingerprint": self.proof(rank)}
+
+    def _release(self, rank: int) -> Status:
+        self.kept, self.prepared = None, ""
+        return {}
+
+    async def set_weight_version(self, version: str) -> None:
+        await self._done("tag", version)
+        self.tag = version
+
+    async def reset_caches(self) -> bool:
+        answer = await self._done("reset")
+        return answer is not False
+
+    async def kill(self, reason: str) -> None:
+        self.killed = reason
+
+
+def refuses(engine: FakeEngine, name: str, reason: str, *, rank: int = 1) -> None:
+    """From now on `rank` answers `name` with not ok, after the others did it."""
+
+    async def answer(call: str, *args: Any) -> list[Status]:
+        statuses: list[Status] = []
+        for index in range(engine.facts.rank_count):
+            status: Status = {"call": call, "rank": index, "ok": index != rank, "reason": reason}
+            if index != rank:
+                status.update(getattr(engine, f"_{name}")(index, *args))
+            statuses.append(status)
+        return statuses
+
+    engine.does[name] = answer
+
+
+def hangs(engine: FakeEngine, name: str) -> None:
+    async def never(*args: Any) -> None:
+        await asyncio.Event().wait()
+
+    engine.does[name] = never
+
+
+def fails(engine: FakeEngine, name: str, text: str) -> None:
+    async def failing(*args: Any) -> None:
+        raise EngineFailed(text)
+
+    engine.does[name] = failing
+
+
+class FakeAgent:
+    """Images by digest, each "staged" in a folder of that name; folders identified by theirs."""
+
+    def __init__(self) -> None:
+        self.held: set[bytes] = set()
+        self.mapped: list[bytes] = []
+        self.folders: dict[bytes, Path] = {}
+
+    async def identify_folder(self, folder: Path) -> bytes:
+        return folder.name.encode()
+
+    async def map_image(self, digest: bytes, client_id: str) -> Path:
+        if digest not in self.held:
+            raise OSError(f"image {digest.decode()} is not staged")
+        self.mapped.append(digest)
+        return self.folders.get(digest, Path("/stage") / digest.decode())
+
+    async def release_image(self, digest: bytes, client_id: str) -> None:
+        self.mapped.remove(digest)
+
+
+class FakeStream:
+    """The coordinator's end: `give` an order, `take` a report."""
+
+    def __init__(self) -> None:
+        self.reports: asyncio.Queue[pb.Report] = asyncio.Queue()
+        self.closed = asyncio.Event()
+        self.hello: Callable[[], pb.Hello] | None = None
+        self.on_order: Callable[[pb.Order], Awaitable[str]] | None = None
+        self._number = 0
+
+    def open(self, hello: Any, on_order: Any, welcomed: Any) -> "FakeStream":
+        self.hello, self.on_order = hello, on_order
+        welcomed(pb.Welcome(model="m"))
+        return self
+
+    async def run(self) -> None:
+        await self.closed.wait()
+
+    async def close(self) -> None:
+        self.closed.set()
+
+    def report(self, report: pb.Report) -> None:
+        self.reports.put_nowait(report)
+
+    async def give(self, **action: Any) -> str:
+        assert self.on_order is not None
+        self._number += 1
+        return await self.on_order(pb.Order(number=self._number, epoch=1, update_id="u1", **action))
+
+    async def take(self, deadline_s: float = 60.0) -> pb.Report:
+        return await asyncio.wait_for(self.reports.get(), deadline_s)

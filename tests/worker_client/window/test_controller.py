@@ -1,0 +1,190 @@
+"""The controller: orders in, reports out, images mapped and let go."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hotweights.v1 import worker_service_pb2 as pb
+from hotweights.worker_client.window.controller import Identity, Images, ReplicaController
+
+from .fakes import FakeAgent, FakeEngine, FakeStream, hangs, refuses
+
+V1, V2, V3 = b"base", b"v2", b"v3"
+
+
+@dataclass
+class Bench:
+    """A controller between a fake coordinator, a fake agent and a fake engine."""
+
+    engine: FakeEngine = field(default_factory=FakeEngine)
+    agent: FakeAgent = field(default_factory=FakeAgent)
+    stream: FakeStream = field(default_factory=FakeStream)
+    controller: ReplicaController | None = None
+
+    async def prepare(self, digest: bytes) -> pb.Report:
+        assert await self.stream.give(prepare=pb.PrepareImage(manifest_digest=digest, deadline_s=5)) == ""
+        return await self.stream.take()
+
+    async def apply(self, digest: bytes, **more: Any) -> pb.Report:
+        order = pb.ApplyImage(
+            manifest_digest=digest,
+            **{
+                "version": digest.decode(),
+                "validity_s": 5,
+                "quiesce_deadline_s": 0.3,
+                "apply_deadline_s": 0.3,
+                **more,
+            },
+        )
+        assert await self.stream.give(apply=order) == ""
+        return await self.stream.take()
+
+    async def end(self) -> None:
+        await self.stream.give(end=pb.EndUpdate(committed=True))
+        await until(lambda: "release" in self.engine.calls)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async def poll() -> None:
+        while not true():  # noqa: ASYNC110 - what is waited for is a fake without an event
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(poll(), 5)
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    bench = Bench()
+    bench.agent.held = {V1, V2, V3}
+
+    async def connect() -> Images:
+        return bench.agent
+
+    bench.controller = ReplicaController(Identity("r1", "n1"), bench.engine, connect, bench.stream.open)
+    running = asyncio.ensure_future(bench.controller.run())
+    changed = await bench.stream.take()
+    assert changed.active_changed.active_digest == V1
+    yield bench
+    bench.controller.close()
+    await asyncio.wait_for(running, 5)
+
+
+async def test_at_start_it_says_what_the_engine_was_started_on(bench: Bench) -> None:
+    assert bench.stream.hello is not None
+    hello = bench.stream.hello().replica
+    assert (hello.replica_id, hello.active_digest) == ("r1", V1)
+    assert [(rank.index, rank.node_id, rank.pid) for rank in hello.ranks] == [(0, "n1", 100), (1, "n1", 101)]
+    assert list(hello.fingerprints) == [b"0:/base", b"1:/base"]
+
+
+async def test_prepare_then_apply_then_end(bench: Bench) -> None:
+    prepared = (await bench.prepare(V2)).prepared
+    assert (prepared.manifest_digest, prepared.base_digest) == (V2, V1)
+    assert "pause" not in bench.engine.calls
+    report = await bench.apply(V2)
+    assert report.applied.active_digest == V2
+    assert list(report.applied.fingerprints) == [b"0:/stage/v2", b"1:/stage/v2"]
+    assert (report.number, report.update_id, report.epoch) == (2, "u1", 1)
+    await bench.end()
+    assert bench.controller is not None
+    assert bench.controller.status()["active_version"] == "v2"
+    assert bench.agent.mapped == [V2]
+
+
+async def test_the_image_of_before_is_released_when_the_next_update_ends(bench: Bench) -> None:
+    await bench.prepare(V2)
+    await bench.apply(V2)
+    await bench.end()
+    bench.engine.calls.clear()
+    await bench.prepare(V3)
+    await bench.apply(V3)
+    await bench.end()
+    await until(lambda: bench.agent.mapped == [V3])
+
+
+async def test_restore_after_an_apply_uses_the_kept_copies(bench: Bench) -> None:
+    await bench.prepare(V2)
+    await bench.apply(V2)
+    bench.agent.held.clear()  # not even the agent is needed
+    report = await bench.apply(V1, restore=True, version="v1")
+    assert report.applied.active_digest == V1
+    assert bench.engine.weights == ["/base", "/base"]
+    assert bench.engine.tag == "v1"
+
+
+async def test_restore_without_copies_prepares_the_base_image(bench: Bench) -> None:
+    await bench.prepare(V2)
+    await bench.apply(V2)
+    await bench.end()
+    # The fake's proof is the folder's name: let the base image have the base's own.
+    bench.agent.folders[V1] = Path("/base")
+    report = await bench.apply(V1, restore=True)
+    assert report.applied.active_digest == V1
+    assert bench.engine.weights == ["/base", "/base"]
+
+
+async def test_restore_of_what_is_served_already_succeeds_without_a_window(bench: Bench) -> None:
+    await bench.prepare(V2)
+    report = await bench.apply(V1, restore=True)
+    assert report.applied.active_digest == V1
+    assert "pause" not in bench.engine.calls
+
+
+async def test_an_image_that_does_not_fit_is_refused_before_the_pause(bench: Bench) -> None:
+    refuses(bench.engine, "prepared", "tensor a.weight has shape [1], not [2]")
+    report = await bench.prepare(V2)
+    assert "a.weight" in report.prepare_failed.reason
+    assert "pause" not in bench.engine.calls
+    assert bench.agent.mapped == []
+
+
+async def test_an_image_the_agent_has_not_is_refused(bench: Bench) -> None:
+    report = await bench.prepare(b"unknown")
+    assert "not staged" in report.prepare_failed.reason
+
+
+async def test_a_failed_apply_is_reported_as_undone_and_can_be_tried_again(bench: Bench) -> None:
+    await bench.prepare(V2)
+    refuses(bench.engine, "apply", "broken")
+    report = await bench.apply(V2)
+    assert report.apply_failed.failure == pb.APPLY_FAILURE_UNDONE
+    assert report.apply_failed.active_digest == V1
+    assert "broken" in report.apply_failed.reason
+    del bench.engine.does["apply"]
+    assert (await bench.apply(V2)).applied.active_digest == V2
+
+
+async def test_a_torn_replica_says_so_and_takes_no_order(bench: Bench) -> None:
+    await bench.prepare(V2)
+    hangs(bench.engine, "apply")
+    report = await bench.apply(V2)
+    assert report.apply_failed.failure == pb.APPLY_FAILURE_TORN
+    assert bench.engine.killed
+    refusal = await bench.stream.give(end=pb.EndUpdate())
+    assert refusal.startswith("torn: ")
+
+
+async def test_an_order_that_waited_too_long_is_expired(bench: Bench) -> None:
+    await bench.prepare(V2)
+    report = await bench.apply(V2, validity_s=0.0)
+    assert report.apply_failed.failure == pb.APPLY_FAILURE_EXPIRED
+    assert "pause" not in bench.engine.calls
+
+
+async def test_the_same_order_again_gets_the_same_report(bench: Bench) -> None:
+    order = pb.Order(number=7, epoch=1, update_id="u", prepare=pb.PrepareImage(manifest_digest=V2))
+    assert bench.stream.on_order is not None
+    on_order: Callable[[pb.Order], Awaitable[str]] = bench.stream.on_order
+    assert await on_order(order) == ""
+    first = await bench.stream.take()
+    assert await on_order(order) == ""
+    assert await bench.stream.take() == first
+    assert bench.engine.calls.count("prepare") == 1
+
+
+async def test_an_order_for_an_agent_is_refused(bench: Bench) -> None:
+    assert "replica" in await bench.stream.give(stage=pb.StageImage(manifest_digest=V2))

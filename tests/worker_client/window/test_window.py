@@ -1,0 +1,182 @@
+"""The window: every way through it ends, and never in a third state."""
+
+import asyncio
+import dataclasses
+import time
+
+import pytest
+
+from hotweights.worker_client.window import window as window_module
+from hotweights.worker_client.window.engine import PauseMode
+from hotweights.worker_client.window.window import Outcome, WindowOrder, WindowResult, run_window
+
+from .fakes import FakeEngine, fails, hangs, refuses
+
+TARGET = "/stage/v2"
+BEFORE = (b"0:/base", b"1:/base")
+
+
+def an_order(mode: PauseMode = "recompute") -> WindowOrder:
+    return WindowOrder(
+        folder=TARGET,
+        version="v2",
+        mode=mode,
+        begin_by=time.monotonic() + 10,
+        quiesce_deadline_s=0.2,
+        apply_deadline_s=0.2,
+    )
+
+
+async def opened(engine: FakeEngine, order: WindowOrder | None = None) -> WindowResult:
+    engine.prepared = engine.prepared or TARGET
+    return await run_window(engine, order or an_order(), BEFORE)
+
+
+def still_serves_base(engine: FakeEngine) -> bool:
+    return engine.weights == ["/base", "/base"] and not engine.paused and not engine.killed
+
+
+async def test_an_apply_pauses_writes_proves_resets_tags_and_resumes() -> None:
+    engine = FakeEngine()
+    result = await opened(engine)
+    assert result.outcome is Outcome.APPLIED
+    assert result.fingerprints == (b"0:/stage/v2", b"1:/stage/v2")
+    assert engine.calls == ["pause", "apply", "reset", "tag", "resume"]
+    assert engine.tag == "v2"
+
+
+async def test_an_order_that_is_no_longer_valid_touches_nothing() -> None:
+    engine = FakeEngine()
+    result = await opened(engine, dataclasses.replace(an_order(), begin_by=time.monotonic() - 1))
+    assert result.outcome is Outcome.EXPIRED
+    assert engine.calls == []
+
+
+async def test_one_rank_that_fails_undoes_every_rank() -> None:
+    engine = FakeEngine()
+    refuses(engine, "apply", "no such tensor", rank=1)
+    result = await opened(engine)
+    assert result.outcome is Outcome.UNDONE
+    assert "rank 1: no such tensor" in result.reason
+    assert result.fingerprints == BEFORE
+    assert still_serves_base(engine)
+
+
+async def test_a_cache_that_is_still_held_undoes_the_apply() -> None:
+    engine = FakeEngine()
+
+    async def held() -> bool:
+        return False
+
+    engine.does["reset"] = held
+    result = await opened(engine)
+    assert result.outcome is Outcome.UNDONE
+    assert "cache" in result.reason
+    assert still_serves_base(engine)
+
+
+async def test_a_fingerprint_other_than_the_known_one_undoes_the_apply() -> None:
+    engine = FakeEngine()
+    result = await opened(engine, dataclasses.replace(an_order(), expected=(b"other", b"other")))
+    assert result.outcome is Outcome.UNDONE
+    assert still_serves_base(engine)
+
+
+async def test_requests_that_do_not_drain_in_time_leave_the_engine_serving() -> None:
+    engine = FakeEngine()
+    hangs(engine, "pause")
+    result = await opened(engine, an_order("drain"))
+    assert result.outcome is Outcome.UNDONE
+    assert "0.2 s" in result.reason
+    assert engine.calls == ["pause", "resume"]
+    assert still_serves_base(engine)
+
+
+@pytest.mark.parametrize("silent", ["apply", "reset", "tag", "resume"])
+async def test_a_call_without_an_answer_tears_the_replica(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_module, "RESUME_DEADLINE_S", 0.2)
+    engine = FakeEngine()
+    hangs(engine, silent)
+    result = await opened(engine)
+    assert result.outcome is Outcome.TORN
+    assert "did not answer within 0.2 s" in result.reason
+    # FakeEngine asserts that nothing is called after the kill.
+    assert engine.killed == result.reason
+
+
+async def test_an_undo_that_fails_tears_the_replica() -> None:
+    engine = FakeEngine()
+    refuses(engine, "apply", "broken")
+    refuses(engine, "undo", "broken too")
+    assert (await opened(engine)).outcome is Outcome.TORN
+    assert engine.killed
+
+
+async def test_an_undo_that_proves_something_else_tears_the_replica() -> None:
+    engine = FakeEngine()
+    refuses(engine, "apply", "broken")
+    engine.prepared = TARGET
+    result = await run_window(engine, an_order(), (b"never", b"seen"))
+    assert result.outcome is Outcome.TORN
+    assert "did not bring back" in result.reason
+
+
+async def test_fewer_answers_than_ranks_tear_the_replica() -> None:
+    engine = FakeEngine()
+
+    async def one(call: str, *args: object) -> list[dict[str, object]]:
+        return [{"call": call, "rank": 0, "ok": True, "reason": "", "fingerprint": b""}]
+
+    engine.does["apply"] = one
+    result = await opened(engine)
+    assert result.outcome is Outcome.TORN
+    assert "1 answers of 2" in result.reason
+
+
+async def test_an_answer_to_another_call_tears_the_replica() -> None:
+    engine = FakeEngine()
+
+    async def stale(call: str, *args: object) -> list[dict[str, object]]:
+        return [{"call": "old", "rank": rank, "ok": True, "reason": "", "fingerprint": b""} for rank in (0, 1)]
+
+    engine.does["apply"] = stale
+    assert (await opened(engine)).outcome is Outcome.TORN
+
+
+async def test_an_engine_that_dies_while_it_applies_is_torn() -> None:
+    engine = FakeEngine()
+    fails(engine, "apply", "EngineDeadError")
+    result = await opened(engine)
+    assert result.outcome is Outcome.TORN
+    assert "EngineDeadError" in result.reason
+
+
+async def test_kept_copies_bring_the_base_back_without_an_image() -> None:
+    engine = FakeEngine()
+    await opened(engine)
+    order = dataclasses.replace(an_order(), folder="", version="v1", expected=BEFORE)
+    result = await run_window(engine, order, BEFORE)
+    assert result.outcome is Outcome.APPLIED
+    assert still_serves_base(engine)
+    assert engine.tag == "v1"
+
+
+async def test_going_back_that_fails_tears_the_replica() -> None:
+    engine = FakeEngine()
+    await opened(engine)
+    refuses(engine, "undo", "gone")
+    result = await run_window(engine, dataclasses.replace(an_order(), folder=""), BEFORE)
+    assert result.outcome is Outcome.TORN
+
+
+async def test_the_times_of_the_parts_are_apart() -> None:
+    engine = FakeEngine()
+
+    async def slow(*args: object) -> None:
+        await asyncio.sleep(0.05)
+
+    engine.does["pause"] = slow
+    times = (await opened(engine)).times
+    assert times.quiesce_ms >= 45
+    assert times.apply_ms < 45
+    assert times.resume_ms < 45

@@ -1,0 +1,174 @@
+"""vLLM engines that follow updates by themselves.
+
+    pip install + HOTWEIGHTS_ENDPOINT  --vLLM's plugin loading-->  register()   in front end, engine core, every rank
+    install_autobind(endpoint=...)     ------------------------->  register()   and the same in child processes
+
+`register` gives every worker the `hotweights_*` methods, and every AsyncLLM a controller beside it. Unless a
+coordinator is configured it does nothing at all.
+"""
+
+import asyncio
+import dataclasses
+import functools
+import inspect
+import logging
+import os
+import socket
+import weakref
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from hotweights.adapters import vllm_worker
+from hotweights.adapters.settings import settings
+from hotweights.wire.endpoint import BadEndpoint
+from hotweights.worker_client.config import BadSetting, Config, load_config
+
+if TYPE_CHECKING:
+    from hotweights.worker_client.window.controller import ReplicaController
+    from hotweights.worker_client.window.thread import ControllerThread
+
+log = logging.getLogger(__name__)
+
+_PATCHED = "_hotweights_patched"
+_THREAD = "_hotweights_thread"
+
+
+def install_autobind(
+    name_map: Mapping[str, str] | None = None, endpoint: str | None = None, model: str | None = None
+) -> None:
+    """Call before building an engine: it will follow the newest version of its model.
+
+    What is None is taken from the environment. Raises BadSetting or BadEndpoint; without any coordinator, BadSetting.
+    """
+    config = settings(endpoint, model, name_map)
+    if config.endpoint is None:
+        raise BadSetting("HOTWEIGHTS_ENDPOINT", "", "takes the coordinator's address, or give endpoint=")
+    config = dataclasses.replace(config, policy=config.policy or "auto")
+    # The engine core and the ranks are child processes: the environment is the only way to tell them.
+    os.environ.update({name: value for name, value in config.as_environ().items() if value})  # noqa: TID251
+    register()
+
+
+def register() -> None:
+    """The `vllm.general_plugins` entry point. Runs in every process, possibly more than once."""
+    try:
+        config = load_config()
+    except (BadSetting, BadEndpoint) as error:
+        log.error("hotweights leaves this engine alone: %s", error)
+        return
+    if config.endpoint is None:
+        return
+    _speak_through_vllm()
+    vllm_worker.install()
+    _patch_front_end()
+
+
+def _speak_through_vllm() -> None:
+    """vLLM configures only its own loggers; without a handler our lines would be lost."""
+    ours, theirs = logging.getLogger("hotweights"), logging.getLogger("vllm")
+    if not ours.handlers and not logging.getLogger().handlers:
+        ours.handlers = theirs.handlers
+        ours.setLevel(theirs.level)
+
+
+def _patch_front_end() -> None:
+    """AsyncLLM gets a controller: started where the engine's loop is known, closed before the engine is."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    if getattr(AsyncLLM, _PATCHED, False):
+        return
+    init, run_handler, shutdown = AsyncLLM.__init__, AsyncLLM._run_output_handler, AsyncLLM.shutdown
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def patched_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        _attach(self, bound.arguments.get("client_count", 1), bound.arguments.get("client_index", 0))
+
+    @functools.wraps(run_handler)
+    def patched_run_handler(self: Any) -> None:
+        run_handler(self)
+        _start(self)
+
+    @functools.wraps(shutdown)
+    def patched_shutdown(self: Any, *args: Any, **kwargs: Any) -> Any:
+        thread = self.__dict__.pop(_THREAD, None)
+        if thread is not None:
+            thread.close()
+        return shutdown(self, *args, **kwargs)
+
+    AsyncLLM.__init__ = patched_init
+    AsyncLLM._run_output_handler = patched_run_handler
+    AsyncLLM.shutdown = patched_shutdown
+    setattr(AsyncLLM, _PATCHED, True)
+
+
+def unsupported(llm: Any, client_count: int) -> str:
+    """Why this shape of engine cannot follow updates; empty when it can."""
+    parallel = llm.vllm_config.parallel_config
+    if client_count > 1:
+        return f"{client_count} API servers share the engine; one is supported"
+    if parallel.data_parallel_size > 1:
+        return f"data parallel {parallel.data_parallel_size} is not supported"
+    if getattr(parallel, "nnodes", 1) > 1:
+        return f"ranks on {parallel.nnodes} nodes are not supported"
+    return ""
+
+
+def _attach(llm: Any, client_count: int, client_index: int) -> None:
+    """After the engine core was started: gRPC must not exist before that fork (FACTS)."""
+    if reason := unsupported(llm, client_count):
+        if client_index == 0:
+            log.warning("hotweights leaves this engine alone: %s", reason)
+        return
+    from hotweights.worker_client.window.thread import ControllerThread
+
+    config = load_config()
+    # Weakly: a thread that held the engine would keep it from ever being collected.
+    thread = ControllerThread(functools.partial(_make_controller, weakref.ref(llm), config))
+    llm.__dict__[_THREAD] = thread
+    if config.use_ipc_agent:
+        llm.hotweights_agent = thread
+    _start(llm)
+
+
+def _start(llm: Any) -> None:
+    """Once the engine's loop is known: it is the one that its output handler runs on."""
+    thread: ControllerThread | None = llm.__dict__.get(_THREAD)
+    if thread is not None and llm.output_handler is not None and not thread.started:
+        thread.start()
+
+
+def _make_controller(held: "weakref.ref[Any]", config: Config) -> "ReplicaController":
+    """In the controller's thread, on its loop."""
+    from hotweights.adapters.vllm_engine import VllmEngine
+    from hotweights.v1 import model_pb2
+    from hotweights.worker_client.agent_client import connect_or_start
+    from hotweights.worker_client.session import Session
+    from hotweights.worker_client.window.controller import Identity, Images, ReplicaController, Stream
+    from hotweights.worker_client.window.engine import EngineFailed
+
+    endpoint, llm = config.endpoint, held()
+    assert endpoint is not None
+    if llm is None:
+        raise EngineFailed("the engine was let go before its controller started")
+    policies = {"auto": model_pb2.MODEL_POLICY_AUTO, "manual": model_pb2.MODEL_POLICY_MANUAL}
+    identity = Identity(
+        replica_id=config.replica or f"{socket.gethostname()}-{os.getpid()}",
+        node_id=config.node,
+        model=config.model,
+        policy=policies.get(config.policy, model_pb2.MODEL_POLICY_UNSPECIFIED),
+        name_map=config.name_map,
+    )
+
+    async def connect_agent() -> Images:
+        return await connect_or_start(config)
+
+    def open_stream(hello: Callable[[], Any], on_order: Callable[[Any], Awaitable[str]], welcomed: Any) -> Stream:
+        return Session(endpoint, hello, on_order, on_welcome=welcomed)
+
+    loop: asyncio.AbstractEventLoop = llm.output_handler.get_loop()
+    log.info("hotweights: replica %s follows %s", identity.replica_id, endpoint)
+    return ReplicaController(identity, VllmEngine(llm, loop), connect_agent, open_stream)

@@ -1,0 +1,452 @@
+"""Beside one engine: takes the coordinator's orders, has images mapped, opens windows and reports.
+
+    coordinator <-- Session --> ReplicaController --> Engine (pause, ranks, resume)
+                                       |
+                                       +--> the node's agent (identify, map, release)
+
+Orders are done one at a time, in the order of their arrival; the session hears at once that they were taken.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from hotweights.v1 import fleet_pb2, model_pb2, update_pb2
+from hotweights.v1 import worker_service_pb2 as pb
+from hotweights.wire.errors import HotweightsError
+from hotweights.worker_client.window.engine import Engine, EngineFailed, PauseMode
+from hotweights.worker_client.window.window import (
+    Outcome,
+    Unanswered,
+    Unproven,
+    WindowOrder,
+    WindowResult,
+    call_ranks,
+    fingerprints,
+    refusals,
+    run_window,
+    within,
+)
+
+log = logging.getLogger(__name__)
+
+ORDERS_MAX = 8
+CALL_DEADLINE_S = 10.0
+IDENTIFY_DEADLINE_S = 3600.0
+PREPARE_DEADLINE_S = 600.0
+POLL_S = 0.02
+AGENT_RETRY_S = 5.0
+
+_MODES: dict[int, PauseMode] = {
+    update_pb2.INFLIGHT_DRAIN: "drain",
+    update_pb2.INFLIGHT_ABORT: "abort",
+}
+_FAILURES = {
+    Outcome.EXPIRED: pb.APPLY_FAILURE_EXPIRED,
+    Outcome.UNDONE: pb.APPLY_FAILURE_UNDONE,
+    Outcome.TORN: pb.APPLY_FAILURE_TORN,
+}
+# What may go wrong outside this process; anything else is a bug and ends the controller with its traceback.
+_FAILED = (HotweightsError, EngineFailed, Unanswered, Unproven, OSError)
+
+
+class Images(Protocol):
+    """What the controller asks of the node's agent."""
+
+    async def identify_folder(self, folder: Path) -> bytes: ...
+
+    async def map_image(self, digest: bytes, client_id: str) -> Path: ...
+
+    async def release_image(self, digest: bytes, client_id: str) -> None: ...
+
+
+class Stream(Protocol):
+    """The session with the coordinator."""
+
+    async def run(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    def report(self, report: pb.Report) -> None: ...
+
+
+OpenStream = Callable[
+    [Callable[[], pb.Hello], Callable[[pb.Order], Awaitable[str]], Callable[[pb.Welcome], None]], Stream
+]
+
+
+class PrepareRefused(Exception):
+    """The image cannot be applied here; the text says why. Nothing that serves was touched."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who the replica is, and what it asks for."""
+
+    replica_id: str
+    node_id: str
+    model: str = ""
+    policy: model_pb2.ModelPolicy = model_pb2.MODEL_POLICY_UNSPECIFIED
+    name_map: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """An image that every rank has mapped and checked."""
+
+    digest: bytes
+    folder: Path
+    before: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the ranks' copies can bring back."""
+
+    digest: bytes
+    version: str
+    fingerprints: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class _Taken:
+    order: pb.Order
+    arrived: float
+
+
+class ReplicaController:
+    """One replica's life with a coordinator. Use from one event loop only."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        engine: Engine,
+        connect_agent: Callable[[], Awaitable[Images]],
+        open_stream: OpenStream,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._identity = identity
+        self._engine = engine
+        self._connect_agent = connect_agent
+        self._clock = clock
+        self._stream = open_stream(self._hello, self._on_order, self._welcomed)
+        self._orders: asyncio.Queue[_Taken] = asyncio.Queue(ORDERS_MAX)
+        self._agent: Images | None = None
+        self._ranks: list[fleet_pb2.Rank] = []
+        self._mapped: set[bytes] = set()
+        self._prepared: _Prepared | None = None
+        self._kept: _Kept | None = None
+        self._known: dict[bytes, tuple[bytes, ...]] = {}
+        self._last: tuple[tuple[int, int], pb.Report] | None = None
+        self._open_window = ""
+        self._closing = asyncio.Event()
+        self.model = identity.model
+        self.active_digest = b""
+        self.active_version = ""
+        self.fingerprints: tuple[bytes, ...] = ()
+        self.last_window: update_pb2.WindowTimes | None = None
+        self.torn = ""
+
+    def status(self) -> dict[str, Any]:
+        """What is true now, in plain data."""
+        window = self.last_window
+        return {
+            "replica": self._identity.replica_id,
+            "model": self.model,
+            "active_version": self.active_version,
+            "active_digest": self.active_digest.hex(),
+            "fingerprints": [digest.hex() for digest in self.fingerprints],
+            "open_window": self._open_window,
+            "last_window_ms": None
+            if window is None
+            else {"quiesce": window.quiesce_ms, "apply": window.apply_ms, "resume": window.resume_ms},
+            "torn": self.torn,
+        }
+
+    async def run(self) -> None:
+        """Follows orders until `close`. Raises what a bug raises."""
+        self._ranks = await self._identify_ranks()
+        tasks = [
+            asyncio.ensure_future(work)
+            for work in (self._stream.run(), self._follow_orders(), self._identify_base(), self._closing.wait())
+        ]
+        endless = [tasks[0], tasks[1], tasks[3]]
+        await asyncio.wait(endless, return_when=asyncio.FIRST_COMPLETED)
+        await self._stream.close()
+        for task in tasks:
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
+                raise result
+
+    def close(self) -> None:
+        """Ends `run`; call from its loop. A window that is open is closed by nobody: end the engine afterwards."""
+        self._closing.set()
+
+    # Who we are
+
+    async def _identify_ranks(self) -> list[fleet_pb2.Rank]:
+        answers = await call_ranks(self._engine, "hotweights_identify", CALL_DEADLINE_S)
+        if failed := refusals(answers):
+            raise EngineFailed(failed)
+        # One machine so far: a rank's node is the replica's.
+        return [
+            fleet_pb2.Rank(index=int(answer["rank"]), node_id=self._identity.node_id, pid=int(answer["pid"]))
+            for answer in sorted(answers, key=lambda answer: int(answer["rank"]))
+        ]
+
+    def _hello(self) -> pb.Hello:
+        replica = pb.ReplicaHello(
+            replica_id=self._identity.replica_id,
+            model=self._identity.model,
+            policy=self._identity.policy,
+            active_digest=self.active_digest,
+            ranks=self._ranks,
+            engine=self._engine.facts.name,
+            open_window=self._open_window,
+            fingerprints=self.fingerprints,
+        )
+        return pb.Hello(replica=replica)
+
+    def _welcomed(self, welcome: pb.Welcome) -> None:
+        self.model = welcome.model
+        log.info("replica %s follows model %s", self._identity.replica_id, welcome.model)
+
+    async def _identify_base(self) -> None:
+        """Finds out what the engine was started on, beside everything else."""
+        note = ""
+        digest = b""
+        if self._engine.facts.folder:
+            digest = await self._ask_until_answered(Path(self._engine.facts.folder))
+        else:
+            note = "the engine was not started from a checkpoint folder"
+        proof = await self._fingerprint()
+        if self.active_digest or self._open_window or self._kept is not None:
+            return  # a window was opened meanwhile, and that one knows
+        self.active_digest, self.fingerprints = digest, proof
+        if digest and proof:
+            self._known[digest] = proof
+        changed = pb.ActiveChanged(active_digest=digest, fingerprints=proof, note=note)
+        self._stream.report(pb.Report(active_changed=changed))
+
+    async def _ask_until_answered(self, folder: Path) -> bytes:
+        while True:
+            try:
+                agent = await self._images()
+                return await within(IDENTIFY_DEADLINE_S, "the agent", agent.identify_folder(folder))
+            except _FAILED as error:
+                log.warning("cannot identify %s yet: %s", folder, error)
+                self._agent = None
+                await asyncio.sleep(AGENT_RETRY_S)
+
+    async def _fingerprint(self) -> tuple[bytes, ...]:
+        """Of what serves now; empty when a rank cannot tell."""
+        ends = self._clock() + PREPARE_DEADLINE_S
+        try:
+            while self._clock() < ends and not self.torn:
+                if not self._open_window:
+                    answers = await call_ranks(self._engine, "hotweights_fingerprint", CALL_DEADLINE_S)
+                    if failed := refusals(answers):
+                        raise EngineFailed(failed)
+                    if all(answer["done"] for answer in answers):
+                        return fingerprints(answers)
+                await asyncio.sleep(POLL_S)
+        except (EngineFailed, Unanswered, Unproven) as error:
+            log.warning("no fingerprint of what is served: %s", error)
+        return ()
+
+    async def _images(self) -> Images:
+        if self._agent is None:
+            self._agent = await within(CALL_DEADLINE_S * 3, "the agent", self._connect_agent())
+        return self._agent
+
+    # Orders
+
+    async def _on_order(self, order: pb.Order) -> str:
+        key = (order.epoch, order.number)
+        if self.torn:
+            return f"torn: {self.torn}"
+        if order.WhichOneof("action") not in ("prepare", "apply", "end"):
+            return "a replica takes prepare, apply and end"
+        if self._last is not None and self._last[0] == key:
+            self._stream.report(self._last[1])
+            return ""
+        try:
+            self._orders.put_nowait(_Taken(order, self._clock()))
+        except asyncio.QueueFull:
+            return f"{ORDERS_MAX} orders are waiting already"
+        return ""
+
+    async def _follow_orders(self) -> None:
+        while not self.torn:
+            taken = await self._orders.get()
+            order = taken.order
+            report = pb.Report(number=order.number, update_id=order.update_id, epoch=order.epoch)
+            match order.WhichOneof("action"):
+                case "prepare":
+                    await self._do_prepare(order.prepare, report)
+                case "apply":
+                    await self._do_apply(taken, report)
+                case _:
+                    await self._do_end()
+                    continue
+            self._last = (order.epoch, order.number), report
+            self._stream.report(report)
+        await self._closing.wait()
+
+    async def _do_prepare(self, order: pb.PrepareImage, report: pb.Report) -> None:
+        try:
+            await self._prepare(order.manifest_digest, order.deadline_s or PREPARE_DEADLINE_S)
+        except (PrepareRefused, *_FAILED) as error:
+            log.warning("preparing %s failed: %s", order.manifest_digest.hex()[:12], error)
+            report.prepare_failed.reason = str(error)
+            return
+        report.prepared.manifest_digest = order.manifest_digest
+        report.prepared.base_digest = self.active_digest
+
+    async def _prepare(self, digest: bytes, deadline_s: float) -> None:
+        """Every rank maps and checks. Raises PrepareRefused and what fails outside."""
+        if digest == self.active_digest or (self._prepared is not None and self._prepared.digest == digest):
+            return
+        ends = self._clock() + deadline_s
+        agent = await self._images()
+        try:
+            folder = await within(deadline_s, "the agent", agent.map_image(digest, self._identity.replica_id))
+        except _FAILED:
+            self._agent = None
+            raise
+        self._mapped.add(digest)
+        self._prepared = self._kept = None  # the ranks drop what they had for this
+        try:
+            name_map = dict(self._identity.name_map)
+            answers = await call_ranks(self._engine, "hotweights_prepare", CALL_DEADLINE_S, str(folder), name_map)
+            if failed := refusals(answers):
+                raise PrepareRefused(failed)
+            before = await self._poll_prepared(ends, deadline_s)
+        except (PrepareRefused, Unanswered):
+            await self._unmap()
+            raise
+        if self.active_digest and not self.fingerprints:
+            self.fingerprints = self._known[self.active_digest] = before
+        self._prepared = _Prepared(digest, folder, before)
+
+    async def _poll_prepared(self, ends: float, deadline_s: float) -> tuple[bytes, ...]:
+        while self._clock() < ends:
+            answers = await call_ranks(self._engine, "hotweights_prepared", CALL_DEADLINE_S)
+            if failed := refusals(answers):
+                raise PrepareRefused(failed)
+            if all(answer["done"] for answer in answers):
+                return fingerprints(answers)
+            await asyncio.sleep(POLL_S)
+        raise Unanswered("preparing", deadline_s)
+
+    async def _do_apply(self, taken: _Taken, report: pb.Report) -> None:
+        order = taken.order.apply
+        failed = report.apply_failed
+        try:
+            result = await self._apply(taken)
+        except (PrepareRefused, *_FAILED) as error:
+            # Before the pause: nothing was touched.
+            failed.failure, failed.reason = pb.APPLY_FAILURE_UNDONE, str(error)
+            failed.active_digest = self.active_digest
+            return
+        window = self._window_times(result, taken.arrived)
+        if result.outcome is Outcome.APPLIED:
+            report.applied.active_digest = self.active_digest
+            report.applied.fingerprints.extend(self.fingerprints)
+            report.applied.window.CopyFrom(window)
+            self.last_window = window
+            log.info("now serving %s; paused %.1f ms", order.version or "the base", _paused_ms(window))
+            return
+        log.warning("window of %s: %s, %s", order.version, result.outcome.value, result.reason)
+        if result.outcome is Outcome.TORN:
+            self.torn = result.reason
+            log.error("TORN: %s. The engine's processes were ended; restart the server.", result.reason)
+        failed.failure, failed.reason = _FAILURES[result.outcome], result.reason
+        failed.active_digest = self.active_digest
+        failed.window.CopyFrom(window)
+
+    async def _apply(self, taken: _Taken) -> WindowResult:
+        order = taken.order.apply
+        target = order.manifest_digest
+        if order.restore and self._kept is not None and target in (self._kept.digest, b""):
+            return await self._run(taken, "", self._kept.fingerprints)
+        if target == self.active_digest or (order.restore and not target):
+            self.active_version = order.version or self.active_version
+            return WindowResult(Outcome.APPLIED, fingerprints=self.fingerprints)
+        if self._clock() > taken.arrived + order.validity_s:
+            return WindowResult(Outcome.EXPIRED, "the order had waited too long behind another")
+        await self._prepare(target, order.apply_deadline_s or PREPARE_DEADLINE_S)
+        assert self._prepared is not None
+        return await self._run(taken, str(self._prepared.folder), self._known.get(target, ()))
+
+    async def _run(self, taken: _Taken, folder: str, expected: tuple[bytes, ...]) -> WindowResult:
+        order, prepared = taken.order.apply, self._prepared
+        before = self.fingerprints if prepared is None else prepared.before
+        window = WindowOrder(
+            folder=folder,
+            version=order.version,
+            mode=_MODES.get(order.inflight, "recompute"),
+            begin_by=taken.arrived + order.validity_s,
+            quiesce_deadline_s=order.quiesce_deadline_s,
+            apply_deadline_s=order.apply_deadline_s,
+            expected=expected,
+        )
+        self._open_window = taken.order.update_id or "?"
+        result = await run_window(self._engine, window, before, self._clock)
+        self._open_window = ""
+        if result.outcome is Outcome.APPLIED:
+            self._applied(order, result, before, went_back=not folder)
+        return result
+
+    def _applied(self, order: pb.ApplyImage, result: WindowResult, before: tuple[bytes, ...], went_back: bool) -> None:
+        if went_back:
+            assert self._kept is not None
+            self.active_digest, self._kept = self._kept.digest, None
+        else:
+            self._kept = _Kept(self.active_digest, self.active_version, before)
+            self.active_digest, self._prepared = order.manifest_digest, None
+        self.active_version = order.version
+        self.fingerprints = result.fingerprints
+        if self.active_digest:
+            self._known[self.active_digest] = result.fingerprints
+
+    async def _do_end(self) -> None:
+        """The way back may go: copies are dropped, images that are not served are unmapped and released."""
+        try:
+            await self._unmap()
+        except (Unanswered, EngineFailed, Unproven) as error:
+            log.warning("the ranks could not let go of the update: %s", error)
+
+    async def _unmap(self) -> None:
+        self._prepared = self._kept = None
+        answers = await call_ranks(self._engine, "hotweights_release", CALL_DEADLINE_S)
+        if failed := refusals(answers):
+            # Still mapped somewhere: the agent must keep the files, so it is not told.
+            log.warning("images stay mapped: %s", failed)
+            return
+        for digest in sorted(self._mapped - {self.active_digest}):
+            try:
+                agent = await self._images()
+                await within(CALL_DEADLINE_S, "the agent", agent.release_image(digest, self._identity.replica_id))
+            except (HotweightsError, Unanswered, OSError) as error:
+                log.warning("the agent did not take back image %s: %s", digest.hex()[:12], error)
+                self._agent = None
+                continue
+            self._mapped.discard(digest)
+
+    def _window_times(self, result: WindowResult, arrived: float) -> update_pb2.WindowTimes:
+        return update_pb2.WindowTimes(
+            quiesce_ms=result.times.quiesce_ms,
+            apply_ms=result.times.apply_ms,
+            resume_ms=result.times.resume_ms,
+            total_ms=(self._clock() - arrived) * 1000.0,
+        )
+
+
+def _paused_ms(window: update_pb2.WindowTimes) -> float:
+    return window.quiesce_ms + window.apply_ms + window.resume_ms
