@@ -1,0 +1,152 @@
+"""Which files of a Hugging Face folder make an image, and where the folder of a model is.
+
+    model id --refs/main--> snapshots/REVISION/   weights (*.safetensors) + what rides along
+                                 |                (configuration, tokenizer; `.py` only when asked for)
+                                 +--links into--> blobs/
+
+Pickles never count: loading one runs its code.
+"""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hotweights.worker_client.image.errors import BadImage, ModelNotFound
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS_SUFFIX = ".safetensors"
+# The index lists every tensor once; a million of them make about 100 MB.
+INDEX_BYTES_MAX = 256 << 20
+NAME_BYTES_MAX = 255
+
+# Configuration, tokenizers (vocab.json, merges.txt, spiece.model, qwen.tiktoken) and chat templates.
+_RIDES_ALONG = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+# Indexes of pickles, which are not part of the image.
+_LEFT_OUT = (".bin.index.json",)
+
+# What the hub allows as "org/name" or "name".
+_MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+
+
+@dataclass(frozen=True)
+class FolderFile:
+    """A file of the image. `path` is where its bytes are, links followed."""
+
+    name: str
+    path: Path
+    weights: bool
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` can only be a file directly in a folder: no separator, no "..", nothing hidden."""
+    return (
+        0 < len(os.fsencode(name)) <= NAME_BYTES_MAX
+        and not name.startswith(".")
+        and name.isprintable()
+        and not set(name) & set("/\\")
+    )
+
+
+def belongs(name: str, *, include_code: bool) -> bool:
+    """Whether a file of this name may be part of an image at all."""
+    if not is_plain_name(name) or name.endswith(_LEFT_OUT):
+        return False
+    return name.endswith((WEIGHTS_SUFFIX, *_RIDES_ALONG)) or (include_code and name.endswith(".py"))
+
+
+def list_files(folder: Path, *, include_code: bool = False) -> list[FolderFile]:
+    """The files of the image in `folder`, sorted by name.
+
+    With an index, weights are the files it names and no others, as vLLM loads them. Raises
+    BadImage when there are none, when the index names one that is missing, and for a link that
+    leads out of the folder.
+    """
+    names = sorted(name for name in os.listdir(folder) if belongs(name, include_code=include_code))
+    weights = {name for name in names if name.endswith(WEIGHTS_SUFFIX)}
+    if INDEX in names:
+        named = set(read_index(folder).values())
+        for name in sorted(named - weights):
+            raise BadImage(INDEX, "", f"names {name!r}, which is not in the folder")
+        names = [name for name in names if name not in weights or name in named]
+        weights = named
+    if not weights:
+        raise BadImage(folder.name, "", "no tensor at all: the folder has no *.safetensors (pickles are not read)")
+    return [FolderFile(name, locate(folder, name), name in weights) for name in names]
+
+
+def read_index(folder: Path) -> Mapping[str, str]:
+    """Tensor name -> file name, from the folder's index. Raises BadImage."""
+    path = locate(folder, INDEX)
+    if path.stat().st_size > INDEX_BYTES_MAX:
+        raise BadImage(INDEX, "", f"too large: at most {INDEX_BYTES_MAX} bytes are allowed")
+    try:
+        index = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BadImage(INDEX, "", f"not JSON: {error}") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadImage(INDEX, "", "has no weight_map")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not is_plain_name(file) or not file.endswith(WEIGHTS_SUFFIX):
+            raise BadImage(INDEX, tensor, f"is said to be in {file!r}, which is no plain *{WEIGHTS_SUFFIX} name")
+    return weight_map
+
+
+def locate(folder: Path, name: str) -> Path:
+    """Where the bytes of the folder's file `name` are. Raises BadImage unless it is a plain file.
+
+    A link may lead to another file of the folder, or, in a snapshot of the Hugging Face cache, to a
+    file of its `blobs`; nowhere else.
+    """
+    if not is_plain_name(name):
+        raise BadImage(name, "", "is not a plain file name")
+    home = folder.resolve()
+    try:
+        path = (home / name).resolve(strict=True)
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise BadImage(name, "", f"cannot be opened in {folder}: {error.strerror}") from None
+    except RuntimeError:  # how Python before 3.13 reports a loop of links
+        raise BadImage(name, "", "is a link to itself") from None
+    if path.parent not in _allowed_homes(home):
+        raise BadImage(name, "", f"is a link out of the folder, to {path}")
+    if not stat.S_ISREG(mode):
+        raise BadImage(name, "", "is not a plain file")
+    return path
+
+
+def _allowed_homes(folder: Path) -> Iterator[Path]:
+    yield folder
+    if folder.parent.name == "snapshots":
+        yield (folder.parent.parent / "blobs").resolve()
+
+
+def resolve_model(name_or_path: str, hf_cache: Path, *, revision: str = "main") -> Path:
+    """The folder of a model: a path, or an id as vLLM resolves it from the local Hugging Face cache.
+
+    `hf_cache` is the hub folder (HF_HUB_CACHE, or HF_HOME/hub). `revision` is a branch, a tag or a
+    commit. Raises ModelNotFound; never asks the network.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if not _MODEL_ID.fullmatch(name_or_path):
+        raise ModelNotFound(name_or_path, [folder], "there is no such folder, and it is no model id")
+    kept = hf_cache / ("models--" + name_or_path.replace("/", "--"))
+    looked_in = [folder, kept]
+    if not kept.is_dir():
+        raise ModelNotFound(name_or_path, looked_in, "neither a folder nor in the local Hugging Face cache")
+    if not all(map(is_plain_name, revision.split("/"))):
+        raise ModelNotFound(name_or_path, looked_in, f"{revision!r} is no revision")
+    try:
+        commit = (kept / "refs" / revision).read_text().strip()
+    except OSError:
+        commit = revision  # a commit has no ref of its own
+    snapshot = kept / "snapshots" / commit
+    if not is_plain_name(commit) or not snapshot.is_dir():
+        raise ModelNotFound(name_or_path, looked_in, f"revision {revision!r} is not in the local Hugging Face cache")
+    return snapshot.resolve()

@@ -1,0 +1,45 @@
+"""Ranges of an image's files, for those who fetch them: the file is proven unchanged before and after."""
+
+from io import FileIO
+
+from hotweights.worker_client.image.errors import BadImage, FolderChanged
+from hotweights.worker_client.image.manifest import Image
+from hotweights.worker_client.image.stamps import stamp_of
+
+# The largest bucket; nobody has reason to ask for more at once.
+RANGE_BYTES_MAX = 1 << 30
+
+
+class BucketReader:
+    """Reads files by their number in the manifest. Keeps nothing open; safe in several threads. Blocks."""
+
+    def read_range(self, image: Image, file_index: int, offset: int, size: int) -> memoryview:
+        """The bytes, in memory of their own. Raises FolderChanged, and ValueError for a range that is not there."""
+        files = image.manifest.files
+        if not 0 <= file_index < len(files):
+            raise ValueError(f"there is no file {file_index}; the image has {len(files)}")
+        name, end = files[file_index].name, files[file_index].size_bytes
+        if offset < 0 or not 0 < size <= RANGE_BYTES_MAX or offset + size > end:
+            raise ValueError(f"{name} has {end} bytes, not {size} from {offset} on")
+        data = memoryview(bytearray(size))
+        try:
+            with FileIO(image.path(file_index)) as file:
+                # Both times on the open file: a path may have been pointed elsewhere in between.
+                if stamp_of(file) != image.stamps[file_index]:
+                    raise FolderChanged(image.folder, name)
+                _read_full(file, offset, data, image, name)
+                if stamp_of(file) != image.stamps[file_index]:
+                    raise FolderChanged(image.folder, name)
+        except (BadImage, FileNotFoundError):
+            raise FolderChanged(image.folder, name) from None
+        return data.toreadonly()
+
+
+def _read_full(file: FileIO, offset: int, into: memoryview, image: Image, name: str) -> None:
+    file.seek(offset)
+    at = 0
+    while at < len(into):
+        got = file.readinto(into[at:])
+        if not got:
+            raise FolderChanged(image.folder, name)
+        at += got
