@@ -1,0 +1,50 @@
+"""A source that holds one image, and a server of it over any transport."""
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from hotweights.transports.base import Server, Transport
+from hotweights.transports.errors import NotHeld
+
+IMAGE = bytes(range(32))
+TOKEN = b"a good token"
+MIB = 1 << 20
+
+
+def pattern(size: int) -> bytes:
+    """Bytes of which no two ranges of any length look the same, and none is zero."""
+    return b"".join((n % 250 + 1).to_bytes(1, "little") + n.to_bytes(7, "little") for n in range(-(-size // 8)))[:size]
+
+
+@dataclass
+class Held:
+    """A BucketSource of one file. With `gate`, opening waits until a test opens it."""
+
+    content: bytes
+    gate: threading.Event | None = None
+    opened: threading.Event = field(default_factory=threading.Event)
+
+    def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
+        self.opened.set()
+        if self.gate is not None:
+            assert self.gate.wait(timeout=30)
+        if image != IMAGE or file != 0 or offset + size > len(self.content):
+            raise NotHeld(image, file, offset, size, "only one file of one image here")
+        return memoryview(self.content)[offset : offset + size]
+
+
+def accept_good_token(token: bytes, image: bytes) -> bool:
+    return token == TOKEN and image == IMAGE
+
+
+@asynccontextmanager
+async def serving(transport: Transport, source: Held) -> AsyncIterator[Server]:
+    server = await transport.serve(source, "127.0.0.1:0", check=accept_good_token)
+    try:
+        yield server
+    finally:
+        if source.gate is not None:
+            source.gate.set()
+        await server.close()

@@ -1,0 +1,264 @@
+"""What base.py promises, of every transport."""
+
+import asyncio
+import hashlib
+import threading
+
+import pytest
+from tests.transports.sources import IMAGE, MIB, TOKEN, Held, pattern, serving
+
+from hotweights.transports.base import Connection, Server, Transport
+from hotweights.transports.errors import DeadlinePassed, NotHeld, PeerGone, TokenRefused
+from hotweights.transports.memory import MemoryNetwork, MemoryTransport
+from hotweights.transports.tcp import TcpTransport
+
+OTHER_IMAGE = bytes(32)
+CONTENT = pattern(3 * MIB + 5)
+
+
+@pytest.fixture(params=["memory", "tcp"])
+def transport(request: pytest.FixtureRequest) -> Transport:
+    return MemoryTransport(MemoryNetwork()) if request.param == "memory" else TcpTransport()
+
+
+async def connect(transport: Transport, server: Server, token: bytes = TOKEN) -> Connection:
+    return await transport.connect(server.address, token=token, deadline_s=5)
+
+
+async def read(connection: Connection, offset: int, size: int, image: bytes = IMAGE) -> bytes:
+    into = bytearray(size)
+    await connection.read_into(image, 0, offset, memoryview(into), deadline_s=10)
+    return bytes(into)
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"), [(0, 1), (0, len(CONTENT)), (7, 4096), (MIB - 1, MIB + 2), (len(CONTENT) - 1, 1)]
+)
+async def test_a_range_arrives_as_it_is_at_the_source(transport: Transport, offset: int, size: int) -> None:
+    async with serving(transport, Held(CONTENT)) as server:
+        connection = await connect(transport, server)
+        assert await read(connection, offset, size) == CONTENT[offset : offset + size]
+        await connection.close()
+
+
+async def test_a_read_writes_its_range_and_nothing_beside_it(transport: Transport) -> None:
+    async with serving(transport, Held(CONTENT)) as server:
+        connection = await connect(transport, server)
+        into = bytearray(b"\xff" * 300)
+        await connection.read_into(IMAGE, 0, 1000, memoryview(into)[100:200], deadline_s=10)
+        assert into == b"\xff" * 100 + CONTENT[1000:1100] + b"\xff" * 100
+        await connection.close()
+
+
+async def test_one_connection_serves_many_reads_even_when_they_are_asked_for_at_once(transport: Transport) -> None:
+    async with serving(transport, Held(CONTENT)) as server:
+        connection = await connect(transport, server)
+        parts = await asyncio.gather(*(read(connection, n * 1000, 1000) for n in range(50)))
+        assert b"".join(parts) == CONTENT[:50_000]
+        await connection.close()
+
+
+async def test_many_readers_at_once_each_get_their_own_bytes(transport: Transport) -> None:
+    async with serving(transport, Held(CONTENT)) as server:
+
+        async def one(n: int) -> bool:
+            connection = await connect(transport, server)
+            got = await read(connection, n, 2 * MIB)
+            await connection.close()
+            return got == CONTENT[n : n + 2 * MIB]
+
+        assert all(await asyncio.gather(*(one(n) for n in range(12))))
+
+
+async def test_a_source_that_dies_in_the_middle_of_a_bucket_is_reported_as_gone(transport: Transport) -> None:
+    source = Held(pattern(64 * MIB))
+    async with serving(transport, source) as server:
+        connection = await connect(transport, server)
+        into = bytearray(64 * MIB)
+        reading = asyncio.create_task(connection.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=20))
+        await until_first_byte(into)
+        await server.close()
+        with pytest.raises(PeerGone) as caught:
+            await reading
+        assert caught.value.address == server.address
+        assert into[-1] == 0, "it came whole: the test did not cut it"
+        with pytest.raises(PeerGone):
+            await read(connection, 0, 1)
+
+
+async def test_what_was_cut_off_is_resumed_in_the_middle_from_another_source(transport: Transport) -> None:
+    whole = pattern(64 * MIB)
+    into = bytearray(len(whole))
+    async with serving(transport, Held(whole)) as server:
+        connection = await connect(transport, server)
+        await read_into_part(connection, into, 0, 16 * MIB)
+        reading = asyncio.create_task(read_into_part(connection, into, 16 * MIB, len(whole)))
+        await until_first_byte(memoryview(into)[16 * MIB :])
+        await server.close()
+        with pytest.raises(PeerGone):
+            await reading
+    async with serving(transport, Held(whole)) as another:
+        connection = await connect(transport, another)
+        await read_into_part(connection, into, 16 * MIB, len(whole))
+        await connection.close()
+    assert hashlib.sha256(into).digest() == hashlib.sha256(whole).digest()
+
+
+async def test_wrong_bytes_are_passed_on_as_they_are_for_the_reader_to_detect(transport: Transport) -> None:
+    wrong = bytearray(CONTENT)
+    wrong[MIB] ^= 1
+    async with serving(transport, Held(bytes(wrong))) as server:
+        connection = await connect(transport, server)
+        got = await read(connection, 0, len(CONTENT))
+        assert hashlib.sha256(got).digest() != hashlib.sha256(CONTENT).digest()
+        assert got == wrong
+        await connection.close()
+
+
+async def test_after_a_cancelled_read_nothing_is_written_and_the_connection_is_over(transport: Transport) -> None:
+    async with serving(transport, Held(pattern(64 * MIB))) as server:
+        connection = await connect(transport, server)
+        into = bytearray(64 * MIB)
+        reading = asyncio.create_task(connection.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=20))
+        await until_first_byte(into)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert into[-1] == 0, "it came whole: the test did not cut it"
+        into[:] = bytes(len(into))
+        await asyncio.sleep(0.1)
+        assert not any(into)
+        with pytest.raises(PeerGone):
+            await read(connection, 0, 1)
+        again = await connect(transport, server)
+        assert await read(again, 0, 9) == pattern(9)
+        await again.close()
+
+
+async def test_a_read_past_its_deadline_ends_and_says_so(transport: Transport) -> None:
+    async with serving(transport, Held(CONTENT, gate=threading.Event())) as server:
+        connection = await connect(transport, server)
+        with pytest.raises(DeadlinePassed) as caught:
+            await connection.read_into(IMAGE, 0, 0, memoryview(bytearray(9)), deadline_s=0.2)
+        assert caught.value.deadline_s == 0.2
+        assert caught.value.address == server.address
+        with pytest.raises(PeerGone):
+            await read(connection, 0, 1)
+
+
+async def test_a_read_that_waits_for_its_turn_has_a_deadline_too_and_disturbs_no_other(transport: Transport) -> None:
+    source = Held(CONTENT, gate=threading.Event())
+    async with serving(transport, source) as server:
+        connection = await connect(transport, server)
+        first = asyncio.create_task(read(connection, 0, 100))
+        assert await asyncio.to_thread(source.opened.wait, 10)
+        with pytest.raises(DeadlinePassed):
+            await connection.read_into(IMAGE, 0, 0, memoryview(bytearray(9)), deadline_s=0.2)
+        assert source.gate is not None
+        source.gate.set()
+        assert await first == CONTENT[:100]
+        await connection.close()
+
+
+async def test_a_token_that_is_not_good_reads_nothing(transport: Transport) -> None:
+    source = Held(CONTENT)
+    async with serving(transport, source) as server:
+        connection = await connect(transport, server, token=b"some other token")
+        with pytest.raises(TokenRefused) as caught:
+            await read(connection, 0, 9)
+        assert (caught.value.address, caught.value.image) == (server.address, IMAGE)
+        assert not source.opened.is_set()
+        await connection.close()
+
+
+async def test_a_token_for_one_image_opens_no_other(transport: Transport) -> None:
+    async with serving(transport, Held(CONTENT)) as server:
+        connection = await connect(transport, server)
+        with pytest.raises(TokenRefused):
+            await read(connection, 0, 9, image=OTHER_IMAGE)
+        assert await read(connection, 0, 9) == CONTENT[:9]
+        await connection.close()
+
+
+async def test_a_token_that_expires_ends_reading_over_the_connection_it_opened(transport: Transport) -> None:
+    valid = True
+    server = await transport.serve(Held(CONTENT), "127.0.0.1:0", check=lambda token, image: valid)
+    connection = await connect(transport, server)
+    assert await read(connection, 0, 9) == CONTENT[:9]
+    valid = False
+    with pytest.raises(TokenRefused):
+        await read(connection, 0, 9)
+    await connection.close()
+    await server.close()
+
+
+async def test_what_is_not_held_is_refused_with_the_range_and_the_connection_stays(transport: Transport) -> None:
+    async with serving(transport, Held(CONTENT)) as server:
+        connection = await connect(transport, server)
+        with pytest.raises(NotHeld) as caught:
+            await read(connection, len(CONTENT) - 1, 2)
+        assert (caught.value.image, caught.value.offset, caught.value.size) == (IMAGE, len(CONTENT) - 1, 2)
+        assert "only one file" in str(caught.value)
+        assert await read(connection, 0, 9) == CONTENT[:9]
+        await connection.close()
+
+
+@pytest.mark.parametrize("fault", ["unreadable", "short"])
+async def test_a_source_that_cannot_give_the_whole_range_does_not_hold_it(transport: Transport, fault: str) -> None:
+    class Faulty:
+        def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
+            if fault == "unreadable":
+                raise PermissionError("not yours")
+            return memoryview(CONTENT)[: size - 1]
+
+    server = await transport.serve(Faulty(), "127.0.0.1:0", check=lambda token, image: True)
+    connection = await connect(transport, server)
+    with pytest.raises(NotHeld):
+        await read(connection, 0, 9)
+    await connection.close()
+    await server.close()
+
+
+async def test_where_nobody_listens_the_peer_is_gone(transport: Transport) -> None:
+    server = await transport.serve(Held(CONTENT), "127.0.0.1:0", check=lambda token, image: True)
+    await server.close()
+    with pytest.raises(PeerGone) as caught:
+        await connect(transport, server)
+    assert caught.value.address == server.address
+
+
+async def test_closing_a_connection_ends_the_read_under_way(transport: Transport) -> None:
+    source = Held(CONTENT, gate=threading.Event())
+    async with serving(transport, source) as server:
+        connection = await connect(transport, server)
+        reading = asyncio.create_task(read(connection, 0, 9))
+        assert await asyncio.to_thread(source.opened.wait, 10)
+        await connection.close()
+        with pytest.raises(PeerGone):
+            await asyncio.wait_for(reading, 5)
+        await connection.close()
+
+
+async def test_an_impossible_read_is_the_callers_mistake(transport: Transport) -> None:
+    async with serving(transport, Held(CONTENT)) as server:
+        connection = await connect(transport, server)
+        for image, offset, size in ((b"short", 0, 1), (IMAGE, -1, 1), (IMAGE, 0, 0)):
+            with pytest.raises(ValueError, match=r"digest|possible"):
+                await connection.read_into(image, 0, offset, memoryview(bytearray(size)), deadline_s=5)
+        with pytest.raises(ValueError, match="token of 513 bytes"):
+            await connect(transport, server, token=b"x" * 513)
+        await connection.close()
+
+
+async def read_into_part(connection: Connection, into: bytearray, begin: int, end: int) -> None:
+    await connection.read_into(IMAGE, 0, begin, memoryview(into)[begin:end], deadline_s=20)
+
+
+async def until_first_byte(into: bytearray | memoryview) -> None:
+    """Returns when the first byte has come, at the very next turn of the event loop."""
+
+    async def first() -> None:
+        while into[0] == 0:  # noqa: ASYNC110  the transport sets no event
+            await asyncio.sleep(0)
+
+    await asyncio.wait_for(first(), 20)

@@ -1,0 +1,245 @@
+"""What only a real network can do to the tcp transport: nonsense, crowds, and processes that are killed."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from tests.transports.sources import IMAGE, MIB, TOKEN, Held, accept_good_token, pattern, serving
+
+from hotweights.transports import frames
+from hotweights.transports.address import format_address, parse_address
+from hotweights.transports.errors import DeadlinePassed, PeerGone
+from hotweights.transports.tcp import TcpTransport
+from hotweights.transports.tcp_server import Limits
+
+CONTENT = pattern(MIB)
+GOOD_HELLO = frames.hello(TOKEN)
+
+SERVE_FOREVER = """
+import asyncio, sys
+from hotweights.transports.tcp import TcpTransport
+
+class Source:
+    def open(self, image, file, offset, size):
+        return memoryview(bytes([1]) * size)
+
+async def main():
+    server = await TcpTransport().serve(Source(), check=lambda token, image: True)
+    print(server.address, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+async def read(transport: TcpTransport, address: str, size: int = 99) -> bytes:
+    connection = await transport.connect(address, token=TOKEN, deadline_s=5)
+    into = bytearray(size)
+    await connection.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=10)
+    await connection.close()
+    return bytes(into)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
+        b"\x16\x03\x01\x02\x00" + bytes(600),
+        frames.frame(frames.Kind.READ, bytes(52)),
+        b"\xff\xff\xff\xff\x01",
+        frames.frame(frames.Kind.HELLO, b"HOTWTS99" + TOKEN),
+        frames.hello(b"x" * 513),
+        GOOD_HELLO + b"\x00\x00\x00\x00\x63",
+        GOOD_HELLO + GOOD_HELLO,
+        GOOD_HELLO + frames.read(IMAGE, 0, 0, 0),
+        GOOD_HELLO + frames.read(IMAGE, 0, 0, 1 << 40),
+    ],
+    ids=[
+        "http",
+        "tls",
+        "read first",
+        "endless frame",
+        "other version",
+        "long token",
+        "unknown kind",
+        "hello twice",
+        "empty read",
+        "huge read",
+    ],
+)
+async def test_garbage_closes_its_own_connection_with_one_line_in_the_log(
+    garbage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport = TcpTransport()
+    async with serving(transport, Held(CONTENT)) as server:
+        bystander = await transport.connect(server.address, token=TOKEN, deadline_s=5)
+        with caplog.at_level(logging.INFO, "hotweights"):
+            stream, writer = await asyncio.open_connection(*parse_address(server.address))
+            writer.write(garbage)
+            await ended(stream)
+            writer.close()
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "closed the connection of 127.0.0.1" in caplog.text
+        into = bytearray(9)
+        await bystander.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5)
+        assert into == CONTENT[:9]
+        await bystander.close()
+
+
+async def test_a_connection_that_never_says_hello_is_closed() -> None:
+    transport = TcpTransport(Limits(hello_s=0.2))
+    async with serving(transport, Held(CONTENT)) as server:
+        stream, writer = await asyncio.open_connection(*parse_address(server.address))
+        await ended(stream)
+        writer.close()
+        assert await read(transport, server.address) == CONTENT[:99]
+
+
+async def test_a_reader_that_takes_nothing_is_left_behind() -> None:
+    transport = TcpTransport(Limits(stall_s=0.3))
+    async with serving(transport, Held(pattern(64 * MIB))) as server:
+        _, writer = await asyncio.open_connection(*parse_address(server.address), limit=1024)
+        writer.write(GOOD_HELLO + frames.read(IMAGE, 0, 0, 64 * MIB))
+        await asyncio.wait_for(until_count(server, 1), 10)
+        await asyncio.wait_for(until_count(server, 0), 10)
+        writer.close()
+
+
+async def test_one_reader_too_many_is_turned_away_and_the_others_stay() -> None:
+    transport = TcpTransport(Limits(connections_max=2))
+    async with serving(transport, Held(CONTENT)) as server:
+        inside = [await transport.connect(server.address, token=TOKEN, deadline_s=5) for _ in range(2)]
+        with pytest.raises(PeerGone):
+            await transport.connect(server.address, token=TOKEN, deadline_s=5)
+        into = bytearray(9)
+        await inside[1].read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5)
+        assert into == CONTENT[:9]
+        await inside[0].close()
+        await asyncio.wait_for(until_count(server, 1), 5)
+        assert await read(transport, server.address) == CONTENT[:99]
+        await inside[1].close()
+
+
+async def test_a_source_process_killed_in_the_middle_of_a_bucket_is_gone() -> None:
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVE_FOREVER, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    address = (await asyncio.wait_for(process.stdout.readline(), 20)).decode().strip()
+    connection = await TcpTransport().connect(address, token=TOKEN, deadline_s=5)
+    into = bytearray(512 * MIB)
+    reading = asyncio.create_task(connection.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=30))
+    while into[0] == 0 and not reading.done():  # noqa: ASYNC110  the transport sets no event
+        await asyncio.sleep(0)
+    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(PeerGone):
+        await reading
+    assert into[0] == 1
+    assert into[-1] == 0
+    await process.wait()
+
+
+@pytest.mark.parametrize("answer", [b"", b"220 mail.example.org ESMTP\r\n", frames.data(9) + bytes(9)])
+async def test_a_port_that_is_not_ours_is_no_source(answer: bytes) -> None:
+    async def speak(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        writer.close()
+
+    stranger = await asyncio.start_server(speak, "127.0.0.1", 0)
+    port = stranger.sockets[0].getsockname()[1]
+    with pytest.raises(PeerGone):
+        await TcpTransport().connect(f"127.0.0.1:{port}", token=TOKEN, deadline_s=5)
+    stranger.close()
+    await stranger.wait_closed()
+
+
+@pytest.mark.parametrize("size", [8, 10])
+async def test_an_answer_of_another_size_is_not_taken_for_the_range(size: int) -> None:
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(len(GOOD_HELLO))
+        writer.write(frames.frame(frames.Kind.WELCOME) + frames.data(size) + bytes(size))
+        await reader.read()
+        writer.close()
+
+    stranger = await asyncio.start_server(speak, "127.0.0.1", 0)
+    port = stranger.sockets[0].getsockname()[1]
+    with pytest.raises(PeerGone, match="another number of bytes"):
+        await read(TcpTransport(), f"127.0.0.1:{port}", size=9)
+    stranger.close()
+    await stranger.wait_closed()
+
+
+async def test_connecting_to_a_port_that_never_answers_ends_at_the_deadline() -> None:
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    mute = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    port = mute.sockets[0].getsockname()[1]
+    with pytest.raises(DeadlinePassed, match="connecting"):
+        await TcpTransport().connect(f"127.0.0.1:{port}", token=TOKEN, deadline_s=0.2)
+    mute.close()
+    await mute.wait_closed()
+
+
+async def test_a_blocked_source_does_not_hold_up_the_event_loop_or_other_readers(tmp_path: Path) -> None:
+    class Slow:
+        def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
+            if offset == 1:
+                assert asyncio.run(asyncio.sleep(0.5)) is None  # only possible off the event loop
+            return memoryview(CONTENT)[offset : offset + size]
+
+    transport = TcpTransport()
+    server = await transport.serve(Slow(), check=accept_good_token)
+    connection = await transport.connect(server.address, token=TOKEN, deadline_s=5)
+    slow = asyncio.create_task(connection.read_into(IMAGE, 0, 1, memoryview(bytearray(9)), deadline_s=10))
+    await asyncio.sleep(0.05)
+    assert await read(transport, server.address) == CONTENT[:99]
+    assert not slow.done()
+    await slow
+    await connection.close()
+    await server.close()
+
+
+async def test_the_address_is_loopback_unless_one_is_advertised() -> None:
+    transport = TcpTransport()
+    server = await transport.serve(Held(CONTENT), check=accept_good_token)
+    host, port = parse_address(server.address)
+    assert host == "127.0.0.1"
+    assert port > 0
+    await server.close()
+
+    with pytest.raises(ValueError, match="which one to advertise"):
+        await transport.serve(Held(CONTENT), "0.0.0.0:0", check=accept_good_token)
+
+    for told in ("localhost", "localhost:0"):
+        server = await transport.serve(Held(CONTENT), "0.0.0.0:0", check=accept_good_token, advertise=told)
+        assert parse_address(server.address)[0] == "localhost"
+        assert await read(transport, server.address) == CONTENT[:99]
+        await server.close()
+
+
+@pytest.mark.parametrize("text", ["", "host", "host:", ":1", "host:70000", "::1:80", "[::1:80", "host:x"])
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not"):
+        parse_address(text)
+
+
+def test_an_ipv6_address_goes_in_brackets() -> None:
+    assert parse_address("tcp://[::1]:80") == ("::1", 80)
+    assert format_address("::1", 80) == "[::1]:80"
+
+
+async def ended(stream: asyncio.StreamReader) -> None:
+    """The other side closed, or reset, the connection."""
+    try:
+        await asyncio.wait_for(stream.read(), 5)
+    except ConnectionResetError:
+        return
+
+
+async def until_count(server: object, count: int) -> None:
+    while server.connection_count != count:  # type: ignore[attr-defined]  # noqa: ASYNC110
+        await asyncio.sleep(0.01)

@@ -1,0 +1,114 @@
+"""The interface of a transport, six methods in all, and the same promises from every one of them.
+
+    reader                                         source
+    Transport.connect(address, token)              Transport.serve(source, listen, check)
+        Connection.read_into(range, memory) -----> check(token, image), source.open(range)
+                                            <----- its bytes, straight into the reader's memory
+
+What is promised, and proven by tests/transports/test_conformance.py:
+
+- `read_into` returns when all bytes are in place, and raises otherwise. After an error, a deadline
+  or a cancellation, nothing writes to that memory any more; how much of it was written is unknown.
+- A read that is refused (NotHeld, TokenRefused) leaves the connection usable, and so does one that
+  ends while it waits for its turn. Any other error, a deadline and a cancellation in the middle of
+  a read close it: it is between two frames no longer.
+- Nothing is verified here. Who reads compares digests.
+"""
+
+import asyncio
+from typing import Protocol
+
+from hotweights.transports.errors import NotHeld
+
+# The largest range one read may ask for: sources may have to hold it in memory.
+RANGE_BYTES_MAX = 1 << 30
+IMAGE_BYTES = 32
+TOKEN_BYTES_MAX = 512
+
+
+class BucketSource(Protocol):
+    """What a server serves from."""
+
+    def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
+        """The bytes of a range of an image's file, to be read until the server releases the view.
+
+        Called in a thread: it may block on a disk. `image` is a digest, `file` an index, both as
+        the reader gave them; the range is not checked. Raises NotHeld; an OSError counts as that.
+        """
+
+
+class TokenCheck(Protocol):
+    """Whether a token allows reading from an image now. Asked for every read: tokens expire."""
+
+    def __call__(self, token: bytes, image: bytes) -> bool:
+        """Called on the event loop: must be quick and must not raise."""
+
+
+class Server(Protocol):
+    """Serves from `serve` to `close`."""
+
+    @property
+    def address(self) -> str:
+        """What readers pass to `connect`."""
+
+    async def close(self) -> None:
+        """Ends every connection, whatever it is at. Idempotent."""
+
+
+class Connection(Protocol):
+    """A way to one source. Reads on it happen one after the other; open several for more at once."""
+
+    async def read_into(self, image: bytes, file: int, offset: int, into: memoryview, *, deadline_s: float) -> None:
+        """Fills `into` (writable, contiguous bytes) with the range that starts at `offset`.
+
+        `deadline_s` counts from the call, waiting for other reads of this connection included.
+        Raises NotHeld, TokenRefused, PeerGone, DeadlinePassed.
+        """
+
+    async def close(self) -> None:
+        """Idempotent. A read under way ends with PeerGone."""
+
+
+class Transport(Protocol):
+    """One way to move bytes between nodes."""
+
+    @property
+    def name(self) -> str:
+        """As the registry has it."""
+
+    async def serve(
+        self, source: BucketSource, listen: str, *, check: TokenCheck, advertise: str | None = None
+    ) -> Server:
+        """Serves `source` at `listen`; readers are told `advertise` instead, where that is given.
+
+        Raises OSError when it cannot listen there, ValueError for an address that is none.
+        """
+
+    async def connect(self, address: str, *, token: bytes, deadline_s: float) -> Connection:
+        """A connection whose reads show `token`. Raises PeerGone, DeadlinePassed."""
+
+
+def check_range(image: bytes, offset: int, size: int) -> None:
+    """Raises ValueError for a read that no source could serve: a mistake of the caller."""
+    if len(image) != IMAGE_BYTES:
+        raise ValueError(f"an image's digest has {IMAGE_BYTES} bytes, this one {len(image)}")
+    if offset < 0 or not 0 < size <= RANGE_BYTES_MAX:
+        raise ValueError(f"{size} bytes from {offset} on; 1 to {RANGE_BYTES_MAX} at once are possible")
+
+
+def check_token(token: bytes) -> None:
+    """Raises ValueError for a token that no transport carries."""
+    if len(token) > TOKEN_BYTES_MAX:
+        raise ValueError(f"a token of {len(token)} bytes; at most {TOKEN_BYTES_MAX} are possible")
+
+
+async def open_in_thread(source: BucketSource, image: bytes, file: int, offset: int, size: int) -> memoryview:
+    """The range as bytes, and all of it. Raises NotHeld."""
+    try:
+        view = await asyncio.to_thread(source.open, image, file, offset, size)
+    except OSError as error:
+        raise NotHeld(image, file, offset, size, f"cannot be read: {error}") from error
+    if view.nbytes != size:
+        view.release()
+        raise NotHeld(image, file, offset, size, f"the source gave {view.nbytes} of them")
+    return view.cast("B")

@@ -1,0 +1,157 @@
+"""The frames of the tcp transport: fixed binary, bounded, and nothing in them is ever executed.
+
+    reader                               source
+    HELLO magic, token           ---->
+                                 <----   WELCOME, or REFUSED busy
+    READ image, file, offset, size -->
+                                 <----   DATA size, then that many bytes; or REFUSED why
+    READ ...
+
+Every frame is: length of the body (4 bytes, big endian), kind (1 byte), body. Only the bytes after
+DATA are longer than FRAME_BYTES_MAX, and their number was asked for.
+"""
+
+import asyncio
+import socket
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+from hotweights.transports.base import RANGE_BYTES_MAX, TOKEN_BYTES_MAX
+
+MAGIC = b"HOTWTS01"
+FRAME_BYTES_MAX = 1024
+# About a millisecond of copying.
+YIELD_BYTES = 4 << 20
+_TEXT_BYTES_MAX = 512
+
+_PREFIX = struct.Struct("!IB")
+_READ = struct.Struct("!32sIQQ")
+_DATA = struct.Struct("!Q")
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    HELLO = 1
+    WELCOME = 2
+    READ = 3
+    DATA = 4
+    REFUSED = 5
+
+
+_KINDS = frozenset(Kind)
+
+
+class Why(IntEnum):
+    """Why a source refuses."""
+
+    NOT_HELD = 1
+    TOKEN = 2
+    BUSY = 3
+
+
+class Garbage(Exception):
+    """What came is no frame of ours, or not one that was due."""
+
+
+class Ended(Exception):
+    """The other side closed the connection. `midway` if in the middle of something."""
+
+    def __init__(self, *, midway: bool) -> None:
+        super().__init__("ended the connection" + (" in the middle of a transfer" if midway else ""))
+        self.midway = midway
+
+
+@dataclass(frozen=True)
+class Read:
+    """A reader's wish."""
+
+    image: bytes
+    file: int
+    offset: int
+    size: int
+
+
+def frame(kind: Kind, body: bytes = b"") -> bytes:
+    """A whole frame."""
+    return _PREFIX.pack(len(body), kind) + body
+
+
+def hello(token: bytes) -> bytes:
+    return frame(Kind.HELLO, MAGIC + token)
+
+
+def read(image: bytes, file: int, offset: int, size: int) -> bytes:
+    return frame(Kind.READ, _READ.pack(image, file, offset, size))
+
+
+def data(size: int) -> bytes:
+    return frame(Kind.DATA, _DATA.pack(size))
+
+
+def refused(why: Why, text: str = "") -> bytes:
+    return frame(Kind.REFUSED, bytes([why]) + text.encode()[:_TEXT_BYTES_MAX])
+
+
+def parse_hello(kind: Kind, body: bytes) -> bytes:
+    """The token. Raises Garbage."""
+    if kind is not Kind.HELLO or not body.startswith(MAGIC):
+        raise Garbage("does not begin as a reader of this version does")
+    if len(body) > len(MAGIC) + TOKEN_BYTES_MAX:
+        raise Garbage("shows a token that is too long")
+    return body[len(MAGIC) :]
+
+
+def parse_read(kind: Kind, body: bytes) -> Read:
+    """Raises Garbage."""
+    if kind is not Kind.READ or len(body) != _READ.size:
+        raise Garbage("sent something else than a read")
+    wish = Read(*_READ.unpack(body))
+    if not 0 < wish.size <= RANGE_BYTES_MAX:
+        raise Garbage(f"asks for {wish.size} bytes at once")
+    return wish
+
+
+def parse_data(kind: Kind, body: bytes) -> int:
+    """How many bytes follow. Raises Garbage."""
+    if kind is not Kind.DATA or len(body) != _DATA.size:
+        raise Garbage("answered a read with something else")
+    (size,) = _DATA.unpack(body)
+    return int(size)
+
+
+def parse_refused(body: bytes) -> tuple[Why, str]:
+    """Raises Garbage."""
+    try:
+        return Why(body[0]), body[1:].decode(errors="replace")
+    except (IndexError, ValueError):
+        raise Garbage("refused without a reason") from None
+
+
+async def receive_frame(sock: socket.socket) -> tuple[Kind, bytes]:
+    """The next frame. Raises Garbage, Ended, OSError. Has no deadline of its own."""
+    prefix = bytearray(_PREFIX.size)
+    await receive_into(sock, memoryview(prefix), midway=False)
+    length, number = _PREFIX.unpack(prefix)
+    if length > FRAME_BYTES_MAX or number not in _KINDS:
+        raise Garbage("sent what is no frame")
+    body = bytearray(length)
+    await receive_into(sock, memoryview(body), midway=True)
+    return Kind(number), bytes(body)
+
+
+async def receive_into(sock: socket.socket, into: memoryview, *, midway: bool) -> None:
+    """Fills `into`. Raises Ended, OSError. Has no deadline of its own."""
+    loop = asyncio.get_running_loop()
+    at = unyielded = 0
+    while at < len(into):
+        got = await loop.sock_recv_into(sock, into[at:])
+        if not got:
+            raise Ended(midway=midway or at > 0)
+        at += got
+        unyielded += got
+        if unyielded >= YIELD_BYTES:
+            # What is ready is received without waiting; a fast peer would keep the loop to itself.
+            unyielded = 0
+            await asyncio.sleep(0)

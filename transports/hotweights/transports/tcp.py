@@ -1,0 +1,167 @@
+"""Plain TCP: bytes go from the source's memory to the reader's with no copy of ours in between.
+
+Loopback unless told otherwise. The first frame carries a token; see frames.py for the rest.
+"""
+
+import asyncio
+import socket
+
+from hotweights.transports import frames
+from hotweights.transports.address import format_address, parse_address
+from hotweights.transports.base import BucketSource, TokenCheck, check_range, check_token
+from hotweights.transports.errors import DeadlinePassed, NotHeld, PeerGone, TokenRefused
+from hotweights.transports.tcp_server import Limits, TcpServer
+
+LISTEN = "127.0.0.1:0"
+BACKLOG = 128
+_ANY = ("0.0.0.0", "::")
+
+
+class TcpConnection:
+    """See base.Connection. Made by TcpTransport.connect."""
+
+    def __init__(self, sock: socket.socket, address: str) -> None:
+        self._sock = sock
+        self._address = address
+        self._turn = asyncio.Lock()
+        self._closed = False
+
+    async def read_into(self, image: bytes, file: int, offset: int, into: memoryview, *, deadline_s: float) -> None:
+        check_range(image, offset, into.nbytes)
+        try:
+            await asyncio.wait_for(self._read(image, file, offset, into.cast("B")), deadline_s)
+        except asyncio.TimeoutError:
+            raise DeadlinePassed(self._address, "reading", deadline_s) from None
+
+    async def _read(self, image: bytes, file: int, offset: int, into: memoryview) -> None:
+        async with self._turn:
+            if self._closed:
+                raise PeerGone(self._address, "the connection is closed")
+            whole = False
+            try:
+                await asyncio.get_running_loop().sock_sendall(self._sock, frames.read(image, file, offset, len(into)))
+                kind, body = await frames.receive_frame(self._sock)
+                if kind is frames.Kind.REFUSED:
+                    refusal = self._refusal(body, image, file, offset, len(into))
+                    whole = True
+                    raise refusal
+                if frames.parse_data(kind, body) != len(into):
+                    raise frames.Garbage("sends another number of bytes than were asked for")
+                await frames.receive_into(self._sock, into, midway=True)
+                whole = True
+            except (frames.Ended, frames.Garbage, OSError) as error:
+                raise PeerGone(self._address, str(error)) from error
+            finally:
+                # Between two frames no longer, for whatever reason: nothing read later would be right.
+                if not whole or self._closed:
+                    self._drop()
+
+    def _refusal(self, body: bytes, image: bytes, file: int, offset: int, size: int) -> Exception:
+        why, text = frames.parse_refused(body)
+        if why is frames.Why.TOKEN:
+            return TokenRefused(self._address, image)
+        if why is frames.Why.NOT_HELD:
+            return NotHeld(image, file, offset, size, text)
+        raise frames.Garbage("is busy in the middle of a connection")
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        if not self._turn.locked():
+            self._drop()
+            return
+        # The read under way wakes up, finds the end and closes the socket itself.
+        self._closed = True
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        self._closed = True
+        self._sock.close()
+
+
+class TcpTransport:
+    """See base.Transport. Addresses are HOST:PORT; port 0 at `listen` lets the system pick one."""
+
+    name = "tcp"
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+
+    async def serve(
+        self, source: BucketSource, listen: str = LISTEN, *, check: TokenCheck, advertise: str | None = None
+    ) -> TcpServer:
+        host, port = parse_address(listen)
+        if host in _ANY and advertise is None:
+            raise ValueError(f"listening at {listen}, which is every address: say which one to advertise")
+        loop = asyncio.get_running_loop()
+        family, kind, protocol, _, target = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setblocking(False)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(target)
+            listener.listen(BACKLOG)
+            bound = listener.getsockname()[1]
+            address = _advertised(advertise, host, bound)
+        except BaseException:
+            listener.close()
+            raise
+        return TcpServer(listener, address, source, check, self._limits)
+
+    async def connect(self, address: str, *, token: bytes, deadline_s: float) -> TcpConnection:
+        check_token(token)
+        try:
+            return await asyncio.wait_for(_dial(address, token), deadline_s)
+        except asyncio.TimeoutError:
+            raise DeadlinePassed(address, "connecting", deadline_s) from None
+        except (frames.Ended, frames.Garbage, OSError) as error:
+            raise PeerGone(address, str(error)) from error
+
+
+def _advertised(advertise: str | None, host: str, bound: int) -> str:
+    """The bound port takes the place of port 0, and of none at all."""
+    if advertise is None:
+        return format_address(host, bound)
+    try:
+        told, port = parse_address(advertise)
+    except ValueError:
+        told, port = parse_address(f"{advertise}:0")
+    return format_address(told, port or bound)
+
+
+async def _dial(address: str, token: bytes) -> TcpConnection:
+    loop = asyncio.get_running_loop()
+    host, port = parse_address(address)
+    error: OSError = OSError("the name has no address")
+    for family, kind, protocol, _, target in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await loop.sock_connect(sock, target)
+        except OSError as failed:
+            sock.close()
+            error = failed
+            continue
+        except BaseException:
+            sock.close()
+            raise
+        return await _greet(sock, address, token)
+    raise error
+
+
+async def _greet(sock: socket.socket, address: str, token: bytes) -> TcpConnection:
+    try:
+        await asyncio.get_running_loop().sock_sendall(sock, frames.hello(token))
+        kind, body = await frames.receive_frame(sock)
+        if kind is frames.Kind.REFUSED:
+            raise PeerGone(address, frames.parse_refused(body)[1])
+        if kind is not frames.Kind.WELCOME:
+            raise frames.Garbage("does not answer as a source does")
+    except BaseException:
+        sock.close()
+        raise
+    return TcpConnection(sock, address)
