@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.worker_client.window.fakes import FakeAgent, FakeEngine, FakeStream, hangs, refuses
 
 from hotweights.v1 import worker_service_pb2 as pb
 from hotweights.worker_client.window.controller import Identity, Images, ReplicaController
-
-from .fakes import FakeAgent, FakeEngine, FakeStream, hangs, refuses
 
 V1, V2, V3 = b"base", b"v2", b"v3"
 

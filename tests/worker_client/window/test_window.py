@@ -5,12 +5,11 @@ import dataclasses
 import time
 
 import pytest
+from tests.worker_client.window.fakes import FakeEngine, fails, hangs, refuses
 
 from hotweights.worker_client.window import window as window_module
 from hotweights.worker_client.window.engine import PauseMode
 from hotweights.worker_client.window.window import Outcome, WindowOrder, WindowResult, run_window
-
-from .fakes import FakeEngine, fails, hangs, refuses
 
 TARGET = "/stage/v2"
 BEFORE = (b"0:/base", b"1:/base")

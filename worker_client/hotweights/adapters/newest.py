@@ -36,9 +36,9 @@ async def pull_newest(config: Config, write: Callable[[Path], bytes]) -> Pulled:
 
     Raises Refused (no coordinator set, no such model, no version), Unreachable, and what `write` raises.
     """
+    version = await newest_version(config)
     from hotweights.worker_client.agent_client import connect_or_start
 
-    version = await newest_version(config)
     agent = await connect_or_start(config)
     client_id = f"{config.node}-{os.getpid()}"
     await agent.stage(version.manifest_digest)

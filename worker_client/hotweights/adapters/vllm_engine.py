@@ -31,7 +31,6 @@ class VllmEngine:
     def __init__(self, llm: "AsyncLLM", loop: asyncio.AbstractEventLoop) -> None:
         self._llm = weakref.ref(llm)
         self._loop = loop
-        self._rank_pids: set[int] = set()
         self.facts = _facts(llm)
 
     def _live(self) -> Any:
@@ -63,8 +62,6 @@ class VllmEngine:
     async def rpc(self, method: str, *args: Any) -> list[Status]:
         # No timeout= here, ever: a late reply would then answer the next call (FACTS).
         answers: list[Status] = await self._on_engine_loop(lambda llm: llm.collective_rpc(method, args=args))
-        if method == "hotweights_identify":
-            self._rank_pids = {int(answer["pid"]) for answer in answers if answer["ok"]}
         return answers
 
     async def set_weight_version(self, version: str) -> None:
@@ -83,25 +80,29 @@ class VllmEngine:
         return await self._on_engine_loop(reset)
 
     async def kill(self, reason: str) -> None:
-        """SIGKILL to the engine's core processes and to the ranks below them: only those, by id."""
+        """SIGKILL to the engine's core processes and to their children, the ranks: only those, by id."""
         log.error("ending the engine's processes: %s", reason)
         manager = self._live().engine_core.resources.engine_manager
         for process in list(getattr(manager, "processes", ())):
             if process.pid is None or not process.is_alive():
                 continue
-            for pid in self._rank_pids - {process.pid}:
-                if _parent(pid) == process.pid:
-                    os.kill(pid, signal.SIGKILL)
+            # The ranks first: one that hangs would never notice that its core is gone.
+            for child in _children(process.pid):
+                os.kill(child, signal.SIGKILL)
             process.kill()
 
 
-def _parent(pid: int) -> int | None:
-    """The parent's id; None where the process or /proc is not there (ranks then end with their core's pipe)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return int(stat.rpartition(")")[2].split()[1])
+def _children(pid: int) -> list[int]:
+    """Ids of a live process's children; none where there is no /proc."""
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        if int(fields[1]) == pid:
+            children.append(int(stat.parent.name))
+    return children
 
 
 async def _mapped(call: Coroutine[Any, Any, T]) -> T:

@@ -1,0 +1,314 @@
+"""Swaps in one live vLLM engine, against what freshly started engines answer.
+
+The tests share the engine; each leaves it serving v1. The last one tears it.
+"""
+
+import asyncio
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.models import make_checkpoint
+
+from .live_engine import LiveEngine, Oracle, fresh_oracle
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    # vLLM's and its dependencies' own warnings are not ours to mend.
+    pytest.mark.filterwarnings("ignore"),
+]
+
+PREPARE_DEADLINE_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: make_checkpoint(root / name, seed) for name, seed in (("v1", 1), ("v2", 2))}
+
+
+@pytest.fixture(scope="module")
+def v2(folders: dict[str, Path]) -> Oracle:
+    return fresh_oracle(folders["v2"])
+
+
+@pytest.fixture(scope="module")
+def engine(folders: dict[str, Path], v2: Oracle) -> Iterator[LiveEngine]:
+    engine = LiveEngine(folders["v1"])
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def v1(engine: LiveEngine) -> Oracle:
+    """Asked before anything was swapped: this engine is freshly started too."""
+    return engine.oracle()
+
+
+@pytest.fixture
+def image(folders: dict[str, Path], tmp_path: Path) -> Callable[[Callable[[dict[str, Any]], None]], Path]:
+    """A copy of v2 whose tensors were changed by a function."""
+
+    def make(change: Callable[[dict[str, Any]], None]) -> Path:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(folders["v2"] / "model.safetensors")
+        change(tensors)
+        save_file(tensors, tmp_path / "model.safetensors")
+        return tmp_path
+
+    return make
+
+
+def prepare(engine: LiveEngine, folder: Path, name_map: dict[str, str] | None = None) -> dict[str, Any]:
+    """The answer that ends the preparation: done, or why not."""
+    begun = engine.rpc("prepare", str(folder), name_map or {})
+    assert begun["ok"], begun
+    ends = time.monotonic() + PREPARE_DEADLINE_S
+    while time.monotonic() < ends:
+        answer = engine.rpc("prepared")
+        if not answer["ok"] or answer["done"]:
+            return answer
+        time.sleep(0.01)
+    raise TimeoutError("preparing")
+
+
+def test_a_swap_equals_a_fresh_engine_in_outputs_and_fingerprint_and_so_does_its_undo(
+    engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle
+) -> None:
+    assert v1.tokens != v2.tokens
+    assert prepare(engine, folders["v2"])["fingerprint"] == v1.fingerprint
+    applied = engine.rpc("apply", str(folders["v2"]))
+    assert applied["ok"], applied
+    assert applied["fingerprint"] == v2.fingerprint
+    engine.call(engine.llm.reset_prefix_cache())
+    assert engine.tokens() == v2.tokens
+    undone = engine.rpc("undo")
+    assert undone["ok"], undone
+    engine.call(engine.llm.reset_prefix_cache())
+    assert engine.oracle() == v1
+    assert engine.rpc("release")["ok"]
+
+
+def test_a_failure_after_every_kth_tensor_is_undone_and_a_good_apply_follows(
+    engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle
+) -> None:
+    folder = folders["v2"]
+    count = prepare(engine, folder)["tensors"]
+    for k in range(count + 1):
+        assert prepare(engine, folder)["ok"]
+        engine.inject(f"apply.tensor={k}:raise")
+        failed = engine.rpc("apply", str(folder))
+        engine.inject("")
+        assert (failed["ok"], "Injected" in failed["reason"]) == (False, True), (k, failed)
+        undone = engine.rpc("undo")
+        assert undone["ok"], (k, undone)
+        engine.call(engine.llm.reset_prefix_cache())
+        assert engine.tokens() == v1.tokens, k
+        assert engine.rpc("apply", str(folder)).get("fingerprint") == v2.fingerprint, k
+        engine.call(engine.llm.reset_prefix_cache())
+        assert engine.tokens() == v2.tokens, k
+        assert engine.rpc("undo").get("fingerprint") == v1.fingerprint, k
+    engine.call(engine.llm.reset_prefix_cache())
+    assert engine.rpc("release")["ok"]
+
+
+NORM = "model.norm.weight"
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+
+def _drop(tensors: dict[str, Any]) -> None:
+    del tensors[GATE]
+
+
+def _add(tensors: dict[str, Any]) -> None:
+    tensors["model.extra.weight"] = tensors[NORM].clone()
+
+
+def _reshape(tensors: dict[str, Any]) -> None:
+    tensors[NORM] = tensors[NORM][:-1].clone()
+
+
+def _retype(tensors: dict[str, Any]) -> None:
+    tensors[NORM] = tensors[NORM].float()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(_drop, GATE), (_add, "model.extra.weight"), (_reshape, NORM), (_retype, NORM)],
+    ids=["missing", "extra", "shape", "dtype"],
+)
+def test_an_image_that_does_not_fit_is_refused_while_the_engine_serves(
+    engine: LiveEngine, image: Any, v1: Oracle, change: Any, name: str
+) -> None:
+    refused = prepare(engine, image(change))
+    assert not refused["ok"]
+    assert name in refused["reason"]
+    assert not engine.rpc("apply", str(image(change)))["ok"]
+    assert engine.oracle() == v1
+
+
+def test_a_truncated_file_is_refused(engine: LiveEngine, folders: dict[str, Path], tmp_path: Path, v1: Oracle) -> None:
+    whole = (folders["v2"] / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    refused = prepare(engine, tmp_path)
+    assert not refused["ok"]
+    assert "outside the file" in refused["reason"]
+
+
+def test_a_name_map_renames_tensors_and_prefixes(engine: LiveEngine, image: Any, v1: Oracle, v2: Oracle) -> None:
+    def rename(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            tensors["trainer." + name] = tensors.pop(name)
+        tensors["head"] = tensors.pop("trainer.lm_head.weight")
+
+    folder = image(rename)
+    assert not prepare(engine, folder)["ok"]
+    answer = prepare(engine, folder, {"trainer.": "", "head": "lm_head.weight"})
+    assert answer["ok"], answer
+    assert engine.rpc("apply", str(folder))["fingerprint"] == v2.fingerprint
+    assert engine.rpc("undo")["fingerprint"] == v1.fingerprint
+    assert engine.rpc("release")["ok"]
+
+
+def test_calls_out_of_order_are_refused_and_harm_nothing(
+    engine: LiveEngine, folders: dict[str, Path], v1: Oracle
+) -> None:
+    for method, args in (("apply", (str(folders["v2"]),)), ("undo", ()), ("prepared", ())):
+        answer = engine.rpc(method, *args)
+        assert not answer["ok"]
+        assert answer["call"] == "test"
+    assert not engine.rpc("prepare")["ok"]  # not even wrong arguments raise
+    assert engine.oracle() == v1
+
+
+def test_the_same_request_asked_before_and_after_meets_no_old_cache_blocks(
+    engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle
+) -> None:
+    from hotweights.adapters.vllm_engine import VllmEngine
+    from hotweights.worker_client.window.window import Outcome, WindowOrder, call_ranks, fingerprints, run_window
+
+    live = VllmEngine(engine.llm, engine.loop)
+
+    async def swap(folder: str, mode: Any, before: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        order = WindowOrder(folder, "v", mode, time.monotonic() + 10, 20.0, 30.0)
+        result = await run_window(live, order, before)
+        assert result.outcome is Outcome.APPLIED, result
+        return result.fingerprints
+
+    async def there_and_back(mode: Any) -> None:
+        engine_answers = [asyncio.wrap_future(engine.submit(engine.answer(prompt, 200))) for prompt in ("t5 t6", "t7")]
+        await asyncio.sleep(0.2)
+        assert await swap(str(folders["v2"]), mode, before) == (v2.fingerprint,)
+        await asyncio.gather(*engine_answers)
+        assert await asyncio.to_thread(engine.tokens) == v2.tokens
+        assert await swap("", mode, before) == before
+        assert await asyncio.to_thread(engine.tokens) == v1.tokens
+
+    assert engine.tokens() == v1.tokens
+    for mode in ("recompute", "drain", "abort"):
+        before = (prepare(engine, folders["v2"])["fingerprint"],)
+        asyncio.run(there_and_back(mode))
+    (status,) = asyncio.run(call_ranks(live, "hotweights_release", 10.0))
+    assert status["ok"]
+    assert fingerprints([{**engine.rpc("fingerprint"), "fingerprint": b"x"}]) == (b"x",)
+
+
+def test_orders_of_a_coordinator_swap_the_engine_and_take_it_back(
+    engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle
+) -> None:
+    asyncio.run(_follow_orders(engine, folders, v1, v2))
+
+
+async def _follow_orders(engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle) -> None:
+    from tests.worker_client.window.fakes import FakeAgent, FakeStream
+
+    from hotweights.adapters.vllm_engine import VllmEngine
+    from hotweights.v1 import worker_service_pb2 as pb
+    from hotweights.worker_client.window.controller import Identity, Images, ReplicaController
+
+    agent, stream = FakeAgent(), FakeStream()
+    agent.held, agent.folders = {b"v1", b"v2"}, {name.encode(): folder for name, folder in folders.items()}
+
+    async def connect() -> Images:
+        return agent
+
+    controller = ReplicaController(Identity("r", "n"), VllmEngine(engine.llm, engine.loop), connect, stream.open)
+    running = asyncio.ensure_future(controller.run())
+
+    async def ordered(digest: bytes, **more: Any) -> pb.Report:
+        apply = pb.ApplyImage(
+            manifest_digest=digest, version=digest.decode(), validity_s=5, quiesce_deadline_s=10, apply_deadline_s=20
+        )
+        apply.MergeFrom(pb.ApplyImage(**more))
+        assert await stream.give(apply=apply) == ""
+        return await stream.take()
+
+    first = (await stream.take()).active_changed
+    assert (first.active_digest, list(first.fingerprints)) == (b"v1", [v1.fingerprint])
+    await stream.give(prepare=pb.PrepareImage(manifest_digest=b"v2", deadline_s=20))
+    assert (await stream.take()).prepared.base_digest == b"v1"
+
+    applied = (await ordered(b"v2")).applied
+    assert list(applied.fingerprints) == [v2.fingerprint]
+    assert applied.window.apply_ms > 0
+    assert await asyncio.to_thread(engine.tokens) == v2.tokens
+    if hasattr(engine.llm, "get_weight_version"):
+        version = asyncio.wrap_future(engine.submit(engine.llm.get_weight_version()))
+        assert await version == "v2"
+
+    # By the kept copies, then, after the end of an update, by the image of v1.
+    assert list((await ordered(b"v1", restore=True)).applied.fingerprints) == [v1.fingerprint]
+    assert list((await ordered(b"v2")).applied.fingerprints) == [v2.fingerprint]
+    await stream.give(end=pb.EndUpdate(committed=True))
+    assert list((await ordered(b"v1", restore=True)).applied.fingerprints) == [v1.fingerprint]
+    assert await asyncio.to_thread(engine.tokens) == v1.tokens
+
+    await asyncio.to_thread(engine.inject, "apply.end:raise")
+    failed = (await ordered(b"v2")).apply_failed
+    await asyncio.to_thread(engine.inject, "")
+    assert (failed.failure, failed.active_digest) == (pb.APPLY_FAILURE_UNDONE, b"v1")
+    assert await asyncio.to_thread(engine.tokens) == v1.tokens
+    await stream.give(end=pb.EndUpdate())
+    controller.close()
+    await asyncio.wait_for(running, 10)
+
+
+def test_a_rank_that_hangs_tears_the_engine_and_its_process_is_ended(
+    engine: LiveEngine, folders: dict[str, Path], v1: Oracle
+) -> None:
+    from hotweights.adapters.vllm_engine import VllmEngine
+    from hotweights.worker_client.window.window import Outcome, WindowOrder, run_window
+
+    before = (prepare(engine, folders["v2"])["fingerprint"],)
+    core = engine.rpc("identify")["pid"]
+    engine.inject("apply.start:hang=60")
+    order = WindowOrder(str(folders["v2"]), "v2", "recompute", time.monotonic() + 10, 10.0, 1.0)
+    begun = time.monotonic()
+    result = asyncio.run(run_window(VllmEngine(engine.llm, engine.loop), order, before))
+    assert result.outcome is Outcome.TORN
+    assert "did not answer within 1 s" in result.reason
+    assert time.monotonic() - begun < 10
+    ends = time.monotonic() + 10
+    while _runs(core) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not _runs(core)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_checkpoints_differ_in_weights_only(folders: dict[str, Path]) -> None:
+    one, other = (json.loads((folder / "config.json").read_text()) for folder in folders.values())
+    assert one == other
