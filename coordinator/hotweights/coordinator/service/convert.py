@@ -163,7 +163,8 @@ def _add_progress(message: update_pb2.Update, state: State, update: r.UpdateReco
     effort = state.efforts.get(update.id)
     for node in sorted({node for m in update.members.values() for node in m.nodes}):
         done, total = effort.progress.get(node, (0, 0)) if effort else (0, 0)
-        staged = effort is not None and (node, update.target_digest) in effort.staged
+        through = update.phase in (r.Phase.APPLYING, r.Phase.COMMITTED)
+        staged = through or (effort is not None and (node, update.target_digest) in effort.staged)
         message.nodes.add(node_id=node, bytes_done=done, bytes_total=total, staged=staged)
 
 
