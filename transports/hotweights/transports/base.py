@@ -108,7 +108,8 @@ async def open_in_thread(source: BucketSource, image: bytes, file: int, offset: 
         view = await asyncio.to_thread(source.open, image, file, offset, size)
     except OSError as error:
         raise NotHeld(image, file, offset, size, f"cannot be read: {error}") from error
-    if view.nbytes != size:
+    given = view.nbytes
+    if given != size:
         view.release()
-        raise NotHeld(image, file, offset, size, f"the source gave {view.nbytes} of them")
+        raise NotHeld(image, file, offset, size, f"the source gave {given} of them")
     return view.cast("B")
