@@ -18,7 +18,7 @@ tools:
 demo: setup  ## swap the weights of a live vLLM engine and go back
 	$(bin)/python examples/vllm_live_demo.py
 
-test: setup  ## the whole suite, with a real engine in it
+test: setup tools  ## the whole suite, with a real engine in it
 	$(bin)/python -m pytest $(ARGS)
 
 check: setup tools  ## format, lint, types, import walls, stubs and protos

@@ -41,7 +41,7 @@ class Processes:
     def __enter__(self) -> "Processes":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for name, _, _ in reversed(list(self._running)):
             self.stop(name)
 

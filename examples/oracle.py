@@ -9,12 +9,13 @@ import argparse
 import json
 import os
 import time
+from typing import Any
 
 FINGERPRINT_DEADLINE_S = 120.0
 MAX_TOKENS = 12
 
 
-def fingerprints(llm) -> list[str]:
+def fingerprints(llm: Any) -> list[str]:
     """What is installed, as the engine's ranks read it back."""
     ends = time.monotonic() + FINGERPRINT_DEADLINE_S
     while time.monotonic() < ends:
@@ -28,7 +29,7 @@ def fingerprints(llm) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--prompt", action="append", required=True)
     arguments = parser.parse_args()

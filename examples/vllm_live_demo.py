@@ -154,7 +154,7 @@ class Demo:
         if not (same_outputs and same_parameters and same_version):
             say(f"outputs equal: {same_outputs}, parameters equal: {same_parameters}, ")
             say(f"version serving: {replica.get('active_version')}, wanted {version}")
-        return same_outputs and same_parameters and same_version
+        return bool(same_outputs and same_parameters and same_version)
 
     # The story.
 
@@ -200,7 +200,7 @@ class Demo:
             say(f"requests: {seen.requests}, failed: {len(seen.failures)}, tokens: {len(seen.token_times)}")
             for failure in seen.failures[:5]:
                 say(f"  {failure}")
-        return first and swapped and applied and went_back and restored and not seen.failures
+        return all((first, swapped, applied, went_back, restored, not seen.failures))
 
 
 def _pause_line(window: dict[str, float]) -> str:
@@ -209,7 +209,7 @@ def _pause_line(window: dict[str, float]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", default="demo", help="tiny, small, demo (100 MB) or large (890 MB)")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints and logs")
     arguments = parser.parse_args()
