@@ -37,7 +37,10 @@ async def publish(config: Config, folder: Path, version: str) -> None:
     from hotweights.worker_client.agent_client import connect_or_start
 
     agent = await connect_or_start(config)
-    await agent.publish_folder(folder, MODEL, version)
+    try:
+        await agent.publish_folder(folder, MODEL, version)
+    finally:
+        await agent.close()
 
 
 def matches(module: torch.nn.Module, folder: Path) -> bool:

@@ -141,7 +141,7 @@ async def test_install_autobind_asks_for_policy_auto_and_sets_the_handle(
     assert program.stdout is not None
     try:
         check_hello(await asyncio.wait_for(listener.hellos.get(), START_DEADLINE_S), model_pb2.MODEL_POLICY_AUTO)
-        lines = []
+        lines: list[bytes] = []
         while not lines or not lines[-1].startswith(b"following"):
             lines.append(await asyncio.wait_for(program.stdout.readline(), START_DEADLINE_S))
             assert lines[-1], lines

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ class Tower(torch.nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
         self.brief = torch.nn.Parameter(torch.randn(4).to(torch.bfloat16))
 
 
-def a_checkpoint(folder: Path, seed: int = 3, **changes: object) -> Path:
+def a_checkpoint(folder: Path, seed: int = 3, **changes: Any) -> Path:
     torch.manual_seed(seed)
     other = Tower()
     tensors = {name: tensor.clone() for name, tensor in other.state_dict().items()}
@@ -88,7 +89,7 @@ def test_the_same_weights_have_the_same_fingerprint_and_others_another(
     ids=["missing", "extra", "shape", "dtype"],
 )
 def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(
-    tower: Tower, extension: HotweightsWorkerExtension, tmp_path: Path, changes: dict[str, object], name: str
+    tower: Tower, extension: HotweightsWorkerExtension, tmp_path: Path, changes: dict[str, Any], name: str
 ) -> None:
     before = {key: tensor.clone() for key, tensor in tower.state_dict().items()}
     with pytest.raises(Mismatch, match=name):

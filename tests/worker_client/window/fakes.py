@@ -131,6 +131,7 @@ class FakeAgent:
         self.held: set[bytes] = set()
         self.mapped: list[bytes] = []
         self.folders: dict[bytes, Path] = {}
+        self.closed = False
 
     async def identify_folder(self, folder: Path) -> bytes:
         return folder.name.encode()
@@ -143,6 +144,9 @@ class FakeAgent:
 
     async def release_image(self, digest: bytes, client_id: str) -> None:
         self.mapped.remove(digest)
+
+    async def close(self) -> None:
+        self.closed = True
 
 
 class FakeStream:

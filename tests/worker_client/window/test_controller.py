@@ -70,6 +70,7 @@ async def bench() -> AsyncIterator[Bench]:
     yield bench
     bench.controller.close()
     await asyncio.wait_for(running, 5)
+    assert bench.agent.closed
 
 
 async def test_at_start_it_says_what_the_engine_was_started_on(bench: Bench) -> None:

@@ -40,14 +40,12 @@ async def pull_newest(config: Config, write: Callable[[Path], bytes]) -> Pulled:
     from hotweights.worker_client.agent_client import connect_or_start
 
     agent = await connect_or_start(config)
-    client_id = f"{config.node}-{os.getpid()}"
-    await agent.stage(version.manifest_digest)
-    folder = await agent.map_image(version.manifest_digest, client_id)
     try:
-        # Blocks this loop, which is private to the call and has nothing else to do.
-        proof = write(folder)
+        await agent.stage(version.manifest_digest)
+        # Blocks this loop, which is private to the call and has nothing else to do. Closing unpins.
+        proof = write(await agent.map_image(version.manifest_digest, f"{config.node}-{os.getpid()}"))
     finally:
-        await agent.release_image(version.manifest_digest, client_id)
+        await agent.close()
     return Pulled(version.name, version.manifest_digest, proof)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from hotweights.v1 import fleet_pb2, model_pb2, update_pb2
 from hotweights.v1 import worker_service_pb2 as pb
-from hotweights.wire.errors import HotweightsError
+from hotweights.wire.errors import HotweightsError, Refused
 from hotweights.worker_client.window.engine import Engine, EngineFailed, PauseMode
 from hotweights.worker_client.window.window import (
     Outcome,
@@ -55,13 +55,16 @@ _FAILED = (HotweightsError, EngineFailed, Unanswered, Unproven, OSError)
 
 
 class Images(Protocol):
-    """What the controller asks of the node's agent."""
+    """What the controller asks of the node's agent. A client finds an agent that restarted by itself."""
 
     async def identify_folder(self, folder: Path) -> bytes: ...
 
     async def map_image(self, digest: bytes, client_id: str) -> Path: ...
 
     async def release_image(self, digest: bytes, client_id: str) -> None: ...
+
+    async def close(self) -> None:
+        """Lets go of every image."""
 
 
 class Stream(Protocol):
@@ -179,7 +182,10 @@ class ReplicaController:
         await self._stream.close()
         for task in tasks:
             task.cancel()
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        if self._agent is not None:
+            await self._agent.close()
+        for result in results:
             if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
                 raise result
 
@@ -218,12 +224,9 @@ class ReplicaController:
 
     async def _identify_base(self) -> None:
         """Finds out what the engine was started on, beside everything else."""
-        note = ""
-        digest = b""
+        digest, note = b"", "the engine was not started from a checkpoint folder"
         if self._engine.facts.folder:
-            digest = await self._ask_until_answered(Path(self._engine.facts.folder))
-        else:
-            note = "the engine was not started from a checkpoint folder"
+            digest, note = await self._ask_until_answered(Path(self._engine.facts.folder))
         proof = await self._fingerprint()
         if self.active_digest or self._open_window or self._kept is not None:
             return  # a window was opened meanwhile, and that one knows
@@ -233,15 +236,21 @@ class ReplicaController:
         changed = pb.ActiveChanged(active_digest=digest, fingerprints=proof, note=note)
         self._stream.report(pb.Report(active_changed=changed))
 
-    async def _ask_until_answered(self, folder: Path) -> bytes:
+    async def _ask_until_answered(self, folder: Path) -> tuple[bytes, str]:
+        """The folder's digest, or why it has none."""
+        said = ""
         while True:
             try:
                 agent = await self._images()
-                return await within(IDENTIFY_DEADLINE_S, "the agent", agent.identify_folder(folder))
+                return await within(IDENTIFY_DEADLINE_S, "the agent", agent.identify_folder(folder)), ""
+            except Refused as error:
+                if self._agent is not None:
+                    log.warning("%s is no image: %s", folder, error)
+                    return b"", str(error)
+                said = _say_once(said, f"no agent for this replica: {error}")
             except _FAILED as error:
-                log.warning("cannot identify %s yet: %s", folder, error)
-                self._agent = None
-                await asyncio.sleep(AGENT_RETRY_S)
+                said = _say_once(said, f"cannot identify {folder} yet: {error}")
+            await asyncio.sleep(AGENT_RETRY_S)
 
     async def _fingerprint(self) -> tuple[bytes, ...]:
         """Of what serves now; empty when a rank cannot tell."""
@@ -314,11 +323,7 @@ class ReplicaController:
             return
         ends = self._clock() + deadline_s
         agent = await self._images()
-        try:
-            folder = await within(deadline_s, "the agent", agent.map_image(digest, self._identity.replica_id))
-        except _FAILED:
-            self._agent = None
-            raise
+        folder = await within(deadline_s, "the agent", agent.map_image(digest, self._identity.replica_id))
         self._mapped.add(digest)
         self._prepared = self._kept = None  # the ranks drop what they had for this
         try:
@@ -435,7 +440,6 @@ class ReplicaController:
                 await within(CALL_DEADLINE_S, "the agent", agent.release_image(digest, self._identity.replica_id))
             except (HotweightsError, Unanswered, OSError) as error:
                 log.warning("the agent did not take back image %s: %s", digest.hex()[:12], error)
-                self._agent = None
                 continue
             self._mapped.discard(digest)
 
@@ -446,6 +450,13 @@ class ReplicaController:
             resume_ms=result.times.resume_ms,
             total_ms=(self._clock() - arrived) * 1000.0,
         )
+
+
+def _say_once(said: str, text: str) -> str:
+    """Warns when the text is news; gives what was said last."""
+    if text != said:
+        log.warning("%s", text)
+    return text
 
 
 def _paused_ms(window: update_pb2.WindowTimes) -> float:
