@@ -1,0 +1,138 @@
+"""`coord-serve` and `coord-health`: the coordinator as a process, and whether it is well."""
+
+import argparse
+import sys
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+from hotweights.cli.arguments import Subparsers, add_command, add_endpoint, add_json, count, seconds
+from hotweights.cli.errors import CommandFailed
+
+if TYPE_CHECKING:
+    from hotweights.coordinator.config import Config
+
+# What the [coordinator] extra brings.
+_EXTRA = {"platformdirs", "grpc_health", "grpc_reflection"}
+
+
+def add_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
+    parser = add_command(commands, "coord-serve", coord_serve, "Run a coordinator in the foreground.", "serve")
+    add_endpoint(parser)
+    parser.add_argument("--store", help="sqlite:PATH or memory: (default: HOTWEIGHTS_STORE, else the user's state)")
+    parser.add_argument("--keep-versions", type=_keep, default=0, metavar="N", help="of a model; 0 keeps all (default)")
+    parser.add_argument(
+        "--keep-events", type=count, default=100_000, metavar="N", help="for watchers (default: 100000)"
+    )
+    parser.add_argument("--heartbeat", type=seconds, default=5.0, metavar="S", help="seconds (default: 5)")
+    parser.add_argument(
+        "--lease", type=seconds, default=15.0, metavar="S", help="not heard from this long counts as gone (default: 15)"
+    )
+    parser.add_argument(
+        "--insecure", action="store_true", help="allow an endpoint that other machines reach, in plaintext"
+    )
+
+    parser = add_command(commands, "coord-health", coord_health, "Exit with 0 if the coordinator serves, else with 1.")
+    add_endpoint(parser)
+    parser.add_argument("--timeout", type=seconds, default=3.0, metavar="S", help="seconds (default: 3)")
+    add_json(parser)
+
+
+def _keep(text: str) -> int:
+    return 0 if text == "0" else count(text)
+
+
+def coord_serve(arguments: argparse.Namespace) -> int:
+    config = _coordinator_config(arguments)
+    from hotweights.coordinator.server import CannotBind, serve
+    from hotweights.coordinator.store.base import StoreError
+    from hotweights.wire.endpoint import Endpoint
+
+    def say_where(endpoint: Endpoint) -> None:
+        print(f"coordinator at {endpoint}, store {config.store}", flush=True)
+
+    log_to_stderr()
+    try:
+        _event_loop()(serve(config, say_where))
+    except (CannotBind, StoreError) as error:
+        raise CommandFailed(str(error)) from error
+    return 0
+
+
+def _coordinator_config(arguments: argparse.Namespace) -> "Config":
+    """The coordinator's settings, its store's name checked. Raises CommandFailed."""
+    from hotweights.wire.endpoint import parse_endpoint
+
+    if arguments.endpoint is not None:
+        parse_endpoint(arguments.endpoint)  # an empty one is an error, not the default
+    try:
+        from hotweights.coordinator.config import load_config
+        from hotweights.coordinator.server import serve  # noqa: F401 - is all there that it needs?
+        from hotweights.coordinator.store import open_store
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        message = f"the coordinator needs {error.name}, which is not installed: pip install 'hotweights[coordinator]'"
+        raise CommandFailed(message) from error
+    try:
+        config = load_config(
+            arguments.endpoint,
+            arguments.store,
+            insecure=arguments.insecure,
+            keep_versions=arguments.keep_versions,
+            keep_events=arguments.keep_events,
+            heartbeat_s=arguments.heartbeat,
+            lease_s=arguments.lease,
+        )
+        open_store(config.store, config.keep_events)  # reads the name; touches nothing yet
+    except ValueError as error:  # BadSetting, BadEndpoint, and the store's name
+        raise CommandFailed(str(error), exit_code=2) from error
+    return config
+
+
+def _event_loop() -> Callable[[Coroutine[Any, Any, None]], None]:
+    """uvloop where the platform has it; the log says which."""
+    import asyncio
+    import logging
+
+    log = logging.getLogger(__name__)
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        log.info("event loop: asyncio, as uvloop is not installed")
+        return asyncio.run
+    log.info("event loop: uvloop")
+    return uvloop.run
+
+
+def log_to_stderr() -> None:
+    """For the commands that stay: stdout is for what they were asked."""
+    import logging
+
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+async def coord_health(arguments: argparse.Namespace) -> int:
+    """The standard health protocol, spelled out: its messages are two bytes, its package an extra."""
+    import grpc
+
+    from hotweights.cli.config import read_settings
+    from hotweights.cli.output import print_json
+    from hotweights.wire.channel import open_channel
+
+    names = {b"": "UNKNOWN", b"\x08\x01": "SERVING", b"\x08\x02": "NOT_SERVING"}  # HealthCheckResponse.status
+    endpoint = read_settings(arguments.endpoint).endpoint
+    assert endpoint is not None
+    problem = ""
+    async with open_channel(endpoint) as channel:
+        check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
+        try:
+            status = names.get(await check(b"", timeout=arguments.timeout), "UNKNOWN")
+        except grpc.aio.AioRpcError as error:
+            status, problem = "UNREACHABLE", f" ({(error.details() or error.code().name).rpartition(': ')[2]})"
+    if arguments.json:
+        print_json({"endpoint": str(endpoint), "status": status})
+    elif status == "SERVING":
+        print(f"coordinator {endpoint}: serving")
+    else:
+        raise CommandFailed(f"coordinator {endpoint}: {status.replace('_', ' ').lower()}{problem}")
+    return 0 if status == "SERVING" else 1
