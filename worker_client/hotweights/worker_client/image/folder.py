@@ -131,8 +131,8 @@ def resolve_model(name_or_path: str, hf_cache: Path, *, revision: str = "main") 
     `hf_cache` is the hub folder (HF_HUB_CACHE, or HF_HOME/hub). `revision` is a branch, a tag or a
     commit. Raises ModelNotFound; never asks the network.
     """
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
+    folder = Path(name_or_path)
+    if name_or_path and folder.is_dir():
         return folder.resolve()
     if not _MODEL_ID.fullmatch(name_or_path):
         raise ModelNotFound(name_or_path, [folder], "there is no such folder, and it is no model id")
