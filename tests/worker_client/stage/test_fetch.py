@@ -1,0 +1,188 @@
+"""Fetching from other nodes: every byte proven, and whoever fails is passed over."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from tests.worker_client.stage.checkpoints import contents, make_image
+
+from hotweights.transports.base import Connection, Server
+from hotweights.transports.errors import NotHeld, PeerGone
+from hotweights.transports.tcp import TcpTransport
+from hotweights.v1.worker_service_pb2 import Source
+from hotweights.worker_client.image.manifest import Image
+from hotweights.worker_client.image.reader import BucketReader
+from hotweights.worker_client.stage import fetch
+from hotweights.worker_client.stage.errors import SourcesFailed
+from hotweights.worker_client.stage.fetch import Fetch
+from hotweights.worker_client.stage.partial import Partial
+from hotweights.worker_client.stage.stage import Stage
+
+
+@dataclass
+class Node:
+    """A source with faults to order. Keys of `wrong_times` are (file, offset)."""
+
+    image: Image
+    wrong_times: Counter[tuple[int, int]] = field(default_factory=Counter)
+    holds: bool = True
+    asked: Counter[tuple[int, int]] = field(default_factory=Counter)
+    server: Server | None = None
+
+    def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
+        self.asked[file, offset] += 1
+        if not self.holds or image != self.image.digest:
+            raise NotHeld(image, file, offset, size)
+        data = bytearray(BucketReader().read_range(self.image, file, offset, size))
+        if self.wrong_times[file, offset] > 0:
+            self.wrong_times[file, offset] -= 1
+            data[len(data) // 2] ^= 1
+        return memoryview(data)
+
+    async def serve(self) -> None:
+        self.server = await TcpTransport().serve(self, "127.0.0.1:0", check=lambda token, image: token == b"good")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Image:
+    return make_image(tmp_path / "v1")
+
+
+@pytest.fixture
+async def nodes(image: Image) -> AsyncIterator[list[Node]]:
+    nodes = [Node(image), Node(image)]
+    for node in nodes:
+        await node.serve()
+    yield nodes
+    for node in nodes:
+        if node.server is not None:
+            await node.server.close()
+
+
+def sources(nodes: list[Node], token: bytes = b"good") -> list[Source]:
+    return [
+        Source(node_id=f"node-{number}", data_endpoint=node.server.address, token=token)
+        for number, node in enumerate(nodes)
+        if node.server is not None
+    ]
+
+
+async def connect(source: Source) -> Connection:
+    return await TcpTransport().connect(source.data_endpoint, token=source.token, deadline_s=5)
+
+
+def no_progress(bytes_done: int, bytes_total: int) -> None: ...
+
+
+@pytest.fixture
+def partial(image: Image, tmp_path: Path) -> Partial:
+    stage = Stage(tmp_path / "stage")
+    stage.open()
+    return stage.reserve(image.digest, image.blob)[0]
+
+
+async def test_every_bucket_is_asked_once_from_the_preferred_source(
+    image: Image, nodes: list[Node], partial: Partial
+) -> None:
+    told: list[tuple[int, int]] = []
+    await Fetch(partial, sources(nodes), connect, lambda done, total: told.append((done, total))).run()
+    assert contents(partial.folder) == contents(image.folder)
+    assert set(nodes[0].asked.values()) == {1}
+    assert sum(nodes[0].asked.values()) == len(image.manifest.buckets)
+    assert not nodes[1].asked
+    assert told[-1] == (image.size_bytes, image.size_bytes)
+
+
+async def test_a_bucket_that_came_wrong_is_fetched_again(image: Image, nodes: list[Node], partial: Partial) -> None:
+    nodes[0].wrong_times[1, 0] = 1
+    await Fetch(partial, sources(nodes), connect, no_progress).run()
+    assert contents(partial.folder) == contents(image.folder)
+    assert nodes[0].asked[1, 0] + nodes[1].asked[1, 0] == 2
+
+
+async def test_a_bucket_that_a_source_has_wrong_comes_from_another(
+    image: Image, nodes: list[Node], partial: Partial
+) -> None:
+    nodes[0].wrong_times[1, 0] = 1000
+    await Fetch(partial, sources(nodes), connect, no_progress).run()
+    assert contents(partial.folder) == contents(image.folder)
+    assert nodes[0].asked[1, 0] <= fetch.WRONG_MAX
+    assert nodes[1].asked[1, 0] == 1
+
+
+async def test_a_bucket_that_is_wrong_everywhere_fails_and_says_so(nodes: list[Node], partial: Partial) -> None:
+    for node in nodes:
+        node.wrong_times[1, 0] = 1000
+    with pytest.raises(SourcesFailed, match=r"node-0.*wrong bytes.*node-1.*wrong bytes"):
+        await Fetch(partial, sources(nodes), connect, no_progress).run()
+    assert partial.missing
+
+
+async def test_a_source_that_is_away_is_passed_over(image: Image, nodes: list[Node], partial: Partial) -> None:
+    wanted = sources(nodes)
+    assert nodes[0].server is not None
+    await nodes[0].server.close()
+    await Fetch(partial, wanted, connect, no_progress).run()
+    assert contents(partial.folder) == contents(image.folder)
+    assert sum(nodes[1].asked.values()) == len(image.manifest.buckets)
+
+
+async def test_a_source_without_the_image_or_that_refuses_the_token_is_not_asked_again_and_again(
+    nodes: list[Node], partial: Partial
+) -> None:
+    nodes[0].holds = False
+    wanted = [*sources(nodes[:1]), *sources(nodes, token=b"bad")[1:]]
+    with pytest.raises(SourcesFailed, match=r"node-0.*not held.*node-1.*token"):
+        await Fetch(partial, wanted, connect, no_progress).run()
+    assert sum(nodes[0].asked.values()) <= fetch.PARALLEL
+    assert not nodes[1].asked
+
+
+async def test_no_source_at_all_is_an_error(partial: Partial) -> None:
+    with pytest.raises(SourcesFailed):
+        await Fetch(partial, [], connect, no_progress).run()
+
+
+async def test_a_source_that_is_always_away_is_given_up_in_time(
+    partial: Partial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "REST_S", 0.01)
+    attempts = 0
+
+    async def refuse(source: Source) -> Connection:
+        nonlocal attempts
+        attempts += 1
+        raise PeerGone(source.data_endpoint, "nobody there")
+
+    with pytest.raises(SourcesFailed, match="nobody there"):
+        await asyncio.wait_for(Fetch(partial, [Source(node_id="n")], refuse, no_progress).run(), 5)
+    assert attempts <= fetch.FAILURES_MAX + fetch.PARALLEL
+
+
+async def test_a_source_that_joins_later_is_used(image: Image, nodes: list[Node], partial: Partial) -> None:
+    nodes[0].wrong_times[1, 0] = 1000
+    wanted = sources(nodes[:1])
+
+    def join(bytes_done: int, bytes_total: int) -> None:
+        if len(wanted) == 1:
+            wanted.append(sources(nodes)[1])
+
+    await Fetch(partial, wanted, connect, join).run()
+    assert contents(partial.folder) == contents(image.folder)
+
+
+async def test_cancelled_in_the_middle_it_asks_and_writes_no_more(nodes: list[Node], partial: Partial) -> None:
+    begun = asyncio.Event()
+    running = asyncio.ensure_future(Fetch(partial, sources(nodes), connect, lambda *_: begun.set(), parallel=2).run())
+    await asyncio.wait_for(begun.wait(), 10)
+    running.cancel()
+    await asyncio.wait({running}, timeout=10)
+    assert running.cancelled()
+    asked = sum(nodes[0].asked.values())
+    before = contents(partial.folder)
+    await asyncio.sleep(0.2)
+    assert sum(nodes[0].asked.values()) == asked
+    assert contents(partial.folder) == before

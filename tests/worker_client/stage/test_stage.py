@@ -1,0 +1,305 @@
+"""The stage's promises: whole, verified, read-only, within its room, and never what somebody still needs."""
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.worker_client.stage.checkpoints import contents, make_image, touch_bytes
+
+from hotweights.v1 import manifest_pb2
+from hotweights.worker_client.image.digests import digest_of
+from hotweights.worker_client.image.errors import BadImage, FolderChanged
+from hotweights.worker_client.image.manifest import Image
+from hotweights.worker_client.stage import pins
+from hotweights.worker_client.stage.copy import copy_folder
+from hotweights.worker_client.stage.errors import NotStaged, StageFull, StageTaken, StageUnsafe
+from hotweights.worker_client.stage.stage import Stage
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "stage"
+
+
+@pytest.fixture
+def stage(root: Path) -> Iterator[Stage]:
+    stage = Stage(root)
+    stage.open()
+    yield stage
+    stage.close()
+
+
+def no_progress(bytes_done: int, bytes_total: int) -> None: ...
+
+
+def put(stage: Stage, image: Image) -> Path:
+    """Stages an image from its folder."""
+    partial, resumed = stage.reserve(image.digest, image.blob)
+    if resumed:
+        partial.scan()
+    copy_folder(partial, image, no_progress)
+    return stage.finish(partial)
+
+
+def test_a_staged_image_equals_its_folder_and_nobody_can_write_it(stage: Stage, tmp_path: Path) -> None:
+    image = make_image(tmp_path / "v1")
+    folder = put(stage, image)
+    assert contents(folder) == contents(image.folder)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o440}
+    assert stat.S_IMODE(stage.root.stat().st_mode) == 0o700
+    assert stage.held() == [image.digest]
+
+
+def test_an_image_that_is_not_complete_cannot_be_mapped(stage: Stage, tmp_path: Path) -> None:
+    image = make_image(tmp_path / "v1")
+    partial, _ = stage.reserve(image.digest, image.blob)
+    with pytest.raises(NotStaged):
+        stage.map(image.digest, "replica")
+    with pytest.raises(RuntimeError, match="buckets are missing"):
+        stage.finish(partial)
+    assert not (stage.root / image.digest.hex()).exists()
+
+
+def test_files_have_all_their_pages_before_the_first_byte_comes(stage: Stage, tmp_path: Path) -> None:
+    image = make_image(tmp_path / "v1")
+    partial, _ = stage.reserve(image.digest, image.blob)
+    for file in image.manifest.files:
+        state = (partial.folder / file.name).stat()
+        assert state.st_size == file.size_bytes
+        assert state.st_blocks * 512 >= file.size_bytes
+
+
+def test_only_one_agent_uses_a_stage(stage: Stage) -> None:
+    with pytest.raises(StageTaken):
+        Stage(stage.root).open()
+
+
+def test_a_stage_open_to_others_is_closed_to_them(root: Path) -> None:
+    root.mkdir(mode=0o777)
+    root.chmod(0o777)
+    stage = Stage(root)
+    stage.open()
+    stage.close()
+    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+
+
+def test_a_link_in_the_place_of_the_stage_is_refused(tmp_path: Path, root: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    root.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StageUnsafe):
+        Stage(root).open()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_stage_of_another_user_is_refused(root: Path) -> None:
+    root.mkdir(mode=0o700)
+    os.chown(root, 65534, 65534)
+    with pytest.raises(StageUnsafe):
+        Stage(root).open()
+
+
+def test_a_full_stage_refuses_with_figures_and_gives_up_nothing(root: Path, tmp_path: Path) -> None:
+    small, large = make_image(tmp_path / "v1"), make_image(tmp_path / "v2", seed=2, tensor_bytes=1_000_000)
+    stage = Stage(root, quota_bytes=1_000_000)
+    stage.open()
+    put(stage, small)
+    with pytest.raises(StageFull) as refused:
+        stage.reserve(large.digest, large.blob)
+    assert refused.value.needed_bytes >= large.size_bytes
+    assert refused.value.free_bytes < 1_000_000
+    assert str(refused.value.needed_bytes) in str(refused.value)
+    assert stage.held() == [small.digest], "what is held must not go for an image that does not fit anyway"
+    assert not list(stage.root.glob("*.partial"))
+    stage.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small tmpfs")
+def test_a_small_shared_memory_refuses_with_a_hint_instead_of_killing_anybody(tmp_path: Path) -> None:
+    mount = tmp_path / "shm"
+    mount.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], check=False)
+    if mounted.returncode:
+        pytest.skip("this container may not mount")
+    try:
+        image = make_image(tmp_path / "v1", tensor_bytes=1_000_000)
+        stage = Stage(mount / "stage")
+        stage.open()
+        with pytest.raises(StageFull, match=r"64 MiB") as refused:
+            stage.reserve(image.digest, image.blob)
+        assert refused.value.fields["limited_by"] == "stage"
+        stage.close()
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+def test_room_that_is_given_away_is_not_given_twice(root: Path, tmp_path: Path) -> None:
+    one, two = make_image(tmp_path / "a"), make_image(tmp_path / "b", seed=2)
+    stage = Stage(root, quota_bytes=int(one.size_bytes * 1.5))
+    stage.open()
+    stage.reserve(one.digest, one.blob)
+    with pytest.raises(StageFull):
+        stage.reserve(two.digest, two.blob)
+    stage.close()
+
+
+def test_the_oldest_image_nobody_needs_goes_when_the_next_one_comes(stage: Stage, tmp_path: Path) -> None:
+    images = [make_image(tmp_path / f"v{number}", seed=number) for number in range(4)]
+    put(stage, images[0])
+    put(stage, images[1])
+    stage.set_pinned([images[0].digest])
+    put(stage, images[2])
+    assert stage.held() == [images[0].digest, images[2].digest]
+    stage.map(images[2].digest, "replica")
+    put(stage, images[3])
+    assert set(stage.held()) == {images[0].digest, images[2].digest, images[3].digest}, "pinned ones stay beyond two"
+    assert not (stage.root / f"{images[1].digest.hex()}.manifest").exists()
+
+
+def test_a_release_lets_the_image_go_at_the_next_staging_and_not_before(stage: Stage, tmp_path: Path) -> None:
+    images = [make_image(tmp_path / f"v{number}", seed=number) for number in range(3)]
+    for image in images[:2]:
+        put(stage, image)
+        stage.map(image.digest, "replica")
+    assert stage.release(images[0].digest, "replica")
+    assert not stage.release(images[0].digest, "replica"), "it was released"
+    assert images[0].digest in stage.held()
+    put(stage, images[2])
+    assert stage.held() == [images[1].digest, images[2].digest]
+
+
+def test_the_pin_of_a_client_that_was_killed_goes_after_its_grace(stage: Stage, tmp_path: Path) -> None:
+    image = make_image(tmp_path / "v1")
+    put(stage, image)
+    stage.map(image.digest, "replica/../1")
+    pin = pins.pin_path(stage.root, image.digest, "replica/../1")
+    code = (
+        "import sys, time; from pathlib import Path; from hotweights.worker_client.stage.pins import hold_pin;"
+        "hold_pin(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    )
+    client = subprocess.Popen([sys.executable, "-c", code, str(pin)], stdout=subprocess.PIPE)
+    assert client.stdout is not None
+    assert client.stdout.readline() == b"held\n"
+    long_ago = time.time() - 2 * pins.GRACE_S
+    os.utime(pin, (long_ago, long_ago))
+    assert stage.pins.clients(image.digest) == ["replica/../1"], "it lives and holds its lock"
+    client.kill()
+    client.wait(10)
+    client.stdout.close()
+    assert stage.pins.clients(image.digest) == []
+    assert not pin.exists()
+
+
+def test_pins_of_the_coordinator_outlive_the_agent(stage: Stage, tmp_path: Path) -> None:
+    image = make_image(tmp_path / "v1")
+    put(stage, image)
+    stage.set_pinned([image.digest])
+    stage.close()
+    again = Stage(stage.root)
+    assert again.open() == [image.digest]
+    assert again.held() == [], "nothing is offered before it is verified"
+    assert again.verify(image.digest)
+    assert [held.pinned for held in again.images()] == [True]
+    again.close()
+
+
+def test_an_image_that_broke_while_no_agent_ran_is_not_offered_and_only_its_bad_bucket_comes_again(
+    stage: Stage, tmp_path: Path
+) -> None:
+    image = make_image(tmp_path / "v1")
+    folder = put(stage, image)
+    stage.close()
+    touch_bytes(folder / "model-1.safetensors", 70_000)
+    again = Stage(stage.root)
+    (found,) = again.open()
+    assert not again.verify(found)
+    assert again.held() == []
+    partial, resumed = again.reserve(image.digest, image.blob)
+    assert resumed
+    partial.scan()
+    bad = [index for index, bucket in enumerate(image.manifest.buckets) if bucket.file == 2 and bucket.offset == 65536]
+    assert sorted(partial.missing) == bad
+    again.close()
+
+
+def test_what_a_killed_agent_left_half_done_is_gone_over_and_kept(stage: Stage, tmp_path: Path) -> None:
+    image = make_image(tmp_path / "v1")
+    partial, resumed = stage.reserve(image.digest, image.blob)
+    assert not resumed
+    data = (image.folder / "model-0.safetensors").read_bytes()
+    first = next(index for index, bucket in enumerate(image.manifest.buckets) if bucket.file == 1)
+    with partial.view(first) as place:
+        place[:] = data[: len(place)]
+    stage.close()  # its files stay as a kill would leave them
+    again = Stage(stage.root)
+    assert again.open() == []
+    resumed_partial, resumed = again.reserve(image.digest, image.blob)
+    assert resumed
+    resumed_partial.scan()
+    assert resumed_partial.missing == set(range(len(image.manifest.buckets))) - {first}
+    again.close()
+
+
+def test_what_has_no_manifest_or_another_one_is_removed_at_the_start(stage: Stage, tmp_path: Path) -> None:
+    one, two = make_image(tmp_path / "a"), make_image(tmp_path / "b", seed=2)
+    folders = [put(stage, one), put(stage, two)]
+    stage.close()
+    (stage.root / f"{one.digest.hex()}.manifest").unlink()
+    (stage.root / f"{two.digest.hex()}.manifest").chmod(0o600)
+    (stage.root / f"{two.digest.hex()}.manifest").write_bytes(one.blob)
+    again = Stage(stage.root)
+    assert again.open() == []
+    assert not any(folder.exists() for folder in folders)
+    again.close()
+
+
+def test_a_folder_that_changed_is_not_copied(stage: Stage, tmp_path: Path) -> None:
+    image = make_image(tmp_path / "v1")
+    touch_bytes(image.folder / "model-0.safetensors", 5000)
+    partial, _ = stage.reserve(image.digest, image.blob)
+    with pytest.raises(FolderChanged):
+        copy_folder(partial, image, no_progress)
+
+
+def test_a_folder_that_changed_behind_its_stamps_is_not_copied(stage: Stage, tmp_path: Path) -> None:
+    image = make_image(tmp_path / "v1")
+    path = image.folder / "model-0.safetensors"
+    before = path.stat()
+    touch_bytes(path, 5000)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    partial, _ = stage.reserve(image.digest, image.blob)
+    with pytest.raises(FolderChanged):
+        copy_folder(partial, image, no_progress)
+    stage.abandon(partial)
+    assert stage.held() == []
+
+
+@pytest.mark.parametrize("name", ["../escape.json", "/tmp/escape.json", "a/b.json", "..", ".hidden.json", "model.pkl"])
+def test_a_manifest_with_a_name_that_leads_elsewhere_is_refused_before_anything_is_made(
+    stage: Stage, tmp_path: Path, name: str
+) -> None:
+    image = make_image(tmp_path / "v1")
+    manifest = manifest_pb2.Manifest.FromString(image.blob)
+    manifest.files[0].name = name
+    blob = manifest.SerializeToString(deterministic=True)
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(BadImage):
+        stage.reserve(digest_of(blob), blob)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_link_planted_in_an_unfinished_image_is_not_followed(stage: Stage, tmp_path: Path) -> None:
+    image = make_image(tmp_path / "v1")
+    partial, _ = stage.reserve(image.digest, image.blob)
+    stage.abandon(partial)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (partial.folder / "config.json").unlink()
+    (partial.folder / "config.json").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic link"):
+        stage.reserve(image.digest, image.blob)
+    assert victim.read_text() == "precious"

@@ -1,0 +1,1 @@
+"""Images on this node: reserved, filled, verified, mapped, pinned, and given up again."""

@@ -1,0 +1,17 @@
+"""Which bucket is right: the digest of each, over the pieces that the manifest's tensors cut it into."""
+
+from hotweights.v1 import manifest_pb2
+from hotweights.worker_client.image.digests import hash_bucket
+from hotweights.worker_client.image.manifest import bucket_cuts
+
+
+class BucketVerifier:
+    """Of a manifest that check_manifest accepted."""
+
+    def __init__(self, manifest: manifest_pb2.Manifest) -> None:
+        self._cuts = bucket_cuts(manifest)
+        self._digests = [bucket.digest for bucket in manifest.buckets]
+
+    def matches(self, index: int, data: memoryview) -> bool:
+        """Whether `data` is bucket `index`. Lets go of the interpreter lock while it hashes."""
+        return hash_bucket(data, self._cuts[index]) == self._digests[index]

@@ -1,0 +1,105 @@
+"""An image on its way into the stage: allocated in full, filled bucket by bucket, each one verified in place.
+
+    absent --allocate--> partial --every bucket right--> complete, 0440, renamed
+
+What a former agent left is kept: its buckets are hashed where they lie, and only the missing and
+the wrong ones are fetched again.
+"""
+
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from hotweights.v1 import manifest_pb2
+from hotweights.worker_client.image.verify import verify_folder
+from hotweights.worker_client.stage.buckets import BucketVerifier
+
+Progress = Callable[[int, int], None]
+
+
+def image_bytes(manifest: manifest_pb2.Manifest) -> int:
+    """Bytes of all files."""
+    return sum(file.size_bytes for file in manifest.files)
+
+
+class Partial:
+    """Writable maps of an image's files. Close it before the files are renamed or removed."""
+
+    def __init__(self, folder: Path, digest: bytes, manifest: manifest_pb2.Manifest) -> None:
+        self.folder = folder
+        self.digest = digest
+        self.manifest = manifest
+        self.missing: set[int] = set(range(len(manifest.buckets)))
+        self.bytes_total = image_bytes(manifest)
+        self.bytes_done = 0
+        self._lock = threading.Lock()
+        self._views: list[memoryview] = []
+        self._verifier = BucketVerifier(manifest)
+
+    def allocate(self) -> bool:
+        """Makes every file at its full size and maps it; whether there was something to resume.
+
+        Raises OSError (ENOSPC) before anything is mapped: a write to a page that cannot be had kills the process.
+        """
+        resumed = self.folder.is_dir()
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        handles: list[int] = []
+        try:
+            for file in self.manifest.files:
+                handle = os.open(
+                    self.folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode=0o600
+                )
+                handles.append(handle)
+                _allocate(handle, file.size_bytes)
+            for handle, file in zip(handles, self.manifest.files, strict=True):
+                # The view keeps its map alive; an empty file cannot be mapped.
+                self._views.append(memoryview(mmap.mmap(handle, file.size_bytes) if file.size_bytes else b""))
+        finally:
+            for handle in handles:
+                os.close(handle)
+        return resumed
+
+    def scan(self, progress: Progress | None = None) -> None:
+        """Counts what is right already, with all cores. What `progress` raises ends it."""
+        for index in verify_folder(self.folder, self.manifest, progress=progress).good:
+            self.mark_good(index)
+
+    def view(self, index: int) -> memoryview:
+        """Where bucket `index` goes."""
+        bucket = self.manifest.buckets[index]
+        return self._views[bucket.file][bucket.offset : bucket.offset + bucket.size_bytes]
+
+    def matches(self, index: int) -> bool:
+        """Whether the bytes in place are the bucket's. Thread-safe; releases the GIL while hashing."""
+        with self.view(index) as data:
+            return self._verifier.matches(index, data)
+
+    def mark_good(self, index: int) -> None:
+        """Counts a bucket that `matches`. Thread-safe."""
+        with self._lock:
+            if index in self.missing:
+                self.missing.discard(index)
+                self.bytes_done += self.manifest.buckets[index].size_bytes
+
+    def close(self) -> None:
+        """Lets go of the maps. The last reference unmaps; the traceback of a cancelled read may hold it."""
+        self._views = []
+
+
+def _allocate(handle: int, size_bytes: int) -> None:
+    """Gives the file all its pages now. A sparse file on a full tmpfs would kill whoever touches it (SIGBUS)."""
+    if os.fstat(handle).st_size > size_bytes:
+        os.ftruncate(handle, size_bytes)
+    if not size_bytes:
+        return
+    if sys.platform != "darwin":
+        os.posix_fallocate(handle, 0, size_bytes)
+        return
+    # macOS has no posix_fallocate: write zeros behind what is there.
+    zeros = bytes(1 << 20)
+    have = os.fstat(handle).st_size
+    while have < size_bytes:
+        have += os.pwrite(handle, zeros[: size_bytes - have], have)
