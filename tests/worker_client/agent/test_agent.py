@@ -1,0 +1,341 @@
+"""Agents as engines, publishers and the coordinator meet them: real sockets, real TCP, real files."""
+
+import asyncio
+import os
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+from tests.worker_client.agent.nodes import SmallCoordinator, a_config, a_coordinator, agent_of, until
+from tests.worker_client.stage.checkpoints import contents, make_folder, touch_bytes
+
+from hotweights.v1 import agent_service_pb2 as pb
+from hotweights.v1 import agent_service_pb2_grpc as rpc
+from hotweights.v1 import worker_service_pb2
+from hotweights.wire.channel import open_channel
+from hotweights.wire.endpoint import Endpoint
+from hotweights.wire.errors import Refused, Unreachable
+from hotweights.worker_client.agent.locks import AgentRuns
+from hotweights.worker_client.agent.process import serve_agent
+from hotweights.worker_client.agent_client import connect_or_start
+from hotweights.worker_client.image.manifest import build_manifest
+from hotweights.worker_client.stage.errors import StageTaken
+
+
+@pytest.fixture
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Short: a socket's path has at most 103 bytes."""
+    return tmp_path_factory.mktemp("n")
+
+
+@pytest.fixture
+async def coordinator() -> AsyncIterator[SmallCoordinator]:
+    async with a_coordinator() as small:
+        yield small
+
+
+async def test_a_folder_is_identified_staged_and_mapped_without_any_coordinator(home: Path) -> None:
+    folder = make_folder(home / "v1")
+    config = a_config(home, "a")
+    told: list[tuple[int, int]] = []
+    async with agent_of(config) as agent:
+        digest = await agent.identify_folder(folder, lambda done, total: told.append((done, total)))
+        assert digest == build_manifest(folder, bucket_bytes=65536).digest
+        await agent.stage(digest)
+        staged = await agent.map_image(digest, "replica-0")
+        assert contents(staged) == contents(folder)
+        status = await agent.status()
+        assert [list(image.client_ids) for image in status.images] == [["replica-0"]]
+        assert status.node_id == "a"
+        await agent.release_image(digest, "replica-0")
+        assert [image.pinned for image in (await agent.status()).images] == [False]
+        assert stat.S_IMODE(config.agent_socket.stat().st_mode) == 0o600
+        assert stat.S_IMODE(config.agent_socket.parent.stat().st_mode) == 0o700
+    assert not config.agent_socket.exists()
+    assert all(0 <= done <= total for done, total in told)
+
+
+async def test_an_image_that_is_not_staged_cannot_be_mapped_and_one_unknown_cannot_be_staged(home: Path) -> None:
+    async with agent_of(a_config(home, "a")) as agent:
+        digest = await agent.identify_folder(make_folder(home / "v1"))
+        with pytest.raises(Refused) as not_staged:
+            await agent.map_image(digest, "replica-0")
+        assert (not_staged.value.code, not_staged.value.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NOT_STAGED")
+        with pytest.raises(Refused) as unknown:
+            await agent.stage(bytes(32))
+        assert unknown.value.reason == "NO_SOURCE"
+
+
+async def test_a_client_without_an_id_and_one_that_maps_nothing_are_told_so(home: Path) -> None:
+    config = a_config(home, "a")
+    async with agent_of(config) as agent:
+        digest = await agent.identify_folder(make_folder(home / "v1"))
+        await agent.stage(digest)
+        with pytest.raises(Refused, match="client's id"):
+            await agent.map_image(digest, "")
+        await agent.release_image(digest, "stranger")  # nothing to do for this client
+        channel = open_channel(Endpoint(path=str(config.agent_socket)))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await rpc.AgentServiceStub(channel).ReleaseImage(
+                pb.ReleaseImageRequest(manifest_digest=digest, client_id="stranger"), timeout=5
+            )
+        assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+        await channel.close()
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [("relative/path", "BAD_REQUEST"), ("/nowhere/at/all", "NO_SUCH_FOLDER"), ("EMPTY", "BAD_IMAGE")],
+)
+async def test_a_folder_that_is_none_is_refused_by_name(home: Path, folder: str, reason: str) -> None:
+    (home / "EMPTY").mkdir()
+    config = a_config(home, "a")
+    async with agent_of(config):
+        channel = open_channel(Endpoint(path=str(config.agent_socket)))
+        call = rpc.AgentServiceStub(channel).IdentifyFolder(
+            pb.IdentifyFolderRequest(folder=folder.replace("EMPTY", str(home / "EMPTY"))), timeout=5
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            async for _ in call:
+                pass
+        assert reason.encode() in dict(refused.value.trailing_metadata() or ())["grpc-status-details-bin"]
+        await channel.close()
+
+
+async def test_a_published_version_is_fetched_by_another_node_and_both_hold_it(
+    home: Path, coordinator: SmallCoordinator
+) -> None:
+    folder = make_folder(home / "v1")
+    async with (
+        agent_of(a_config(home, "a", coordinator.endpoint)) as source,
+        agent_of(a_config(home, "b", coordinator.endpoint)) as reader,
+    ):
+        version = await source.publish_folder(folder, "m", "v1")
+        await until(lambda: coordinator.holders(version.manifest_digest) == ["a"], "the publisher holds it")
+        await coordinator.hears("a", "b")
+        number = coordinator.stage("b", version.manifest_digest, "a")
+        report = await coordinator.outcome("b", number)
+        assert report.staged.manifest_digest == version.manifest_digest
+        assert (report.number, report.epoch) == (number, 1)
+        assert [answer.refusal for answer in coordinator.answers] == [""]
+        await until(lambda: coordinator.holders(version.manifest_digest) == ["a", "b"], "both hold it")
+        staged = await reader.map_image(version.manifest_digest, "replica-0")
+        assert contents(staged) == contents(folder)
+        shown = [(entry.model, entry.version, entry.folder) for entry in (await source.status()).folders]
+        assert shown == [("m", "v1", str(folder))]
+
+
+async def test_a_token_of_another_reader_image_or_key_opens_nothing(home: Path, coordinator: SmallCoordinator) -> None:
+    one, two = make_folder(home / "v1"), make_folder(home / "v2", seed=2)
+    async with (
+        agent_of(a_config(home, "a", coordinator.endpoint)) as source,
+        agent_of(a_config(home, "b", coordinator.endpoint)),
+    ):
+        first = (await source.publish_folder(one, "m", "v1")).manifest_digest
+        second = (await source.publish_folder(two, "m", "v2")).manifest_digest
+        await coordinator.hears("a", "b")
+        coordinator.hellos["a"].token_key = bytes(32)
+        failed = await coordinator.outcome("b", coordinator.stage("b", first, "a"))
+        assert "token" in failed.stage_failed.reason
+        assert coordinator.holders(first) == ["a"]
+        assert coordinator.holders(second) == ["a"]
+
+
+async def test_a_published_folder_that_changed_is_withdrawn_and_never_served(
+    home: Path, coordinator: SmallCoordinator
+) -> None:
+    folder = make_folder(home / "v1")
+    async with (
+        agent_of(a_config(home, "a", coordinator.endpoint)) as source,
+        agent_of(a_config(home, "b", coordinator.endpoint)) as reader,
+    ):
+        digest = (await source.publish_folder(folder, "m", "v1")).manifest_digest
+        await until(lambda: coordinator.holders(digest) == ["a"], "the publisher holds it")
+        await coordinator.hears("b")
+        touch_bytes(folder / "model-0.safetensors", 5000)
+        remote = await coordinator.outcome("b", coordinator.stage("b", digest, "a"))
+        assert "changed since it was hashed" in remote.stage_failed.reason
+        await until(lambda: coordinator.holders(digest) == [], "nobody holds it")
+        with pytest.raises(Refused, match="no source"):
+            await source.stage(digest)
+        assert not (await reader.status()).images
+
+
+async def test_staging_a_local_folder_that_changed_names_the_file(home: Path, coordinator: SmallCoordinator) -> None:
+    folder = make_folder(home / "v1")
+    async with agent_of(a_config(home, "a", coordinator.endpoint)) as agent:
+        digest = await agent.identify_folder(folder)
+        await until(lambda: coordinator.holders(digest) == ["a"], "it holds the folder")
+        path = folder / "model-0.safetensors"
+        before = path.stat()
+        touch_bytes(path, 5000)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # only the digest tells
+        with pytest.raises(Refused) as refused:
+            await agent.stage(digest)
+        assert (refused.value.reason, refused.value.fields["file"]) == ("FOLDER_CHANGED", "model-0.safetensors")
+        await until(lambda: coordinator.holders(digest) == [], "it holds it no longer")
+
+
+async def test_the_same_version_with_other_bytes_is_refused_with_the_coordinators_reason(
+    home: Path, coordinator: SmallCoordinator
+) -> None:
+    async with agent_of(a_config(home, "a", coordinator.endpoint)) as agent:
+        await agent.publish_folder(make_folder(home / "v1"), "m", "v1")
+        with pytest.raises(Refused) as refused:
+            await agent.publish_folder(make_folder(home / "other", seed=2), "m", "v1")
+        assert refused.value.reason == "VERSION_EXISTS"
+
+
+async def test_publishing_without_a_coordinator_says_what_to_set(home: Path) -> None:
+    async with agent_of(a_config(home, "a")) as agent:
+        with pytest.raises(Refused, match="HOTWEIGHTS_ENDPOINT"):
+            await agent.publish_folder(make_folder(home / "v1"), "m", "v1")
+
+
+async def test_an_order_that_cannot_be_done_in_time_or_in_room_fails_with_its_reason(
+    home: Path, coordinator: SmallCoordinator
+) -> None:
+    folder = make_folder(home / "v1", tensor_bytes=1_000_000)
+    async with (
+        agent_of(a_config(home, "a", coordinator.endpoint)) as source,
+        agent_of(a_config(home, "b", coordinator.endpoint), quota_bytes=1_000_000),
+    ):
+        digest = (await source.publish_folder(folder, "m", "v1")).manifest_digest
+        await coordinator.hears("a", "b")
+        full = await coordinator.outcome("b", coordinator.stage("b", digest, "a"))
+        assert "1000000 bytes) free" in full.stage_failed.reason
+        late = await coordinator.outcome("a", coordinator.stage("a", digest, "b", deadline_s=0.0001))
+        assert "longer than allowed" in late.stage_failed.reason
+
+
+async def test_pins_of_the_coordinator_are_kept_and_unknown_orders_are_refused(
+    home: Path, coordinator: SmallCoordinator
+) -> None:
+    async with agent_of(a_config(home, "a", coordinator.endpoint)) as agent:
+        digests = []
+        for number in range(3):
+            digests.append(await agent.identify_folder(make_folder(home / f"v{number}", seed=number)))
+        await coordinator.hears("a")
+        await agent.stage(digests[0])
+        await agent.stage(digests[1])
+        coordinator.order("a", unpin=worker_service_pb2.UnpinImages(pinned_digests=[digests[0]]))
+        await until(lambda: len(coordinator.answers) == 1, "the order is answered")
+        await agent.stage(digests[2])
+        images = {image.manifest_digest: image.pinned for image in (await agent.status()).images}
+        assert images == {digests[0]: True, digests[2]: False}
+        coordinator.order("a", apply=worker_service_pb2.ApplyImage())
+        await until(lambda: len(coordinator.answers) == 2, "the order is answered")
+        assert "does not know" in coordinator.answers[1].refusal
+
+
+async def test_an_agent_that_restarts_serves_again_what_did_not_change(
+    home: Path, coordinator: SmallCoordinator
+) -> None:
+    same, changed = make_folder(home / "v1"), make_folder(home / "v2", seed=2)
+    config = a_config(home, "a", coordinator.endpoint)
+    async with agent_of(config) as agent:
+        first = (await agent.publish_folder(same, "m", "v1")).manifest_digest
+        second = (await agent.publish_folder(changed, "m", "v2")).manifest_digest
+        await agent.stage(second)
+    await until(lambda: not coordinator.held, "it left")
+    touch_bytes(changed / "model-1.safetensors", 5000)
+    async with agent_of(config) as agent:
+        await until(lambda: set(coordinator.holders(first) + coordinator.holders(second)) == {"a"}, "it holds both")
+        status = await agent.status()
+        assert [(folder.version, folder.manifest_digest) for folder in status.folders] == [("v1", first)]
+        assert [image.manifest_digest for image in status.images] == [second], "its staged copy is as it was"
+        await agent.map_image(second, "replica-0")
+
+
+async def test_a_second_agent_is_refused_by_the_socket_and_by_the_stage(home: Path) -> None:
+    config = a_config(home, "a")
+    async with agent_of(config) as agent:
+        with pytest.raises(AgentRuns):
+            await serve_agent(config, started_by_client=False)
+        elsewhere = a_config(home, "a", HOTWEIGHTS_AGENT_SOCKET=str(home / "other" / "s.sock"))
+        with pytest.raises(StageTaken):
+            await serve_agent(elsewhere, started_by_client=False)
+        assert (await agent.status()).node_id == "a", "the first one is untouched"
+
+
+async def test_a_stale_socket_is_replaced(home: Path) -> None:
+    config = a_config(home, "a")
+    config.stage_dir.mkdir(mode=0o700)
+    config.agent_socket.write_text("left by something")
+    async with agent_of(config) as agent:
+        assert (await agent.status()).node_id == "a"
+
+
+async def test_a_socket_path_that_no_kernel_takes_is_refused(home: Path) -> None:
+    with pytest.raises(Refused, match="HOTWEIGHTS_AGENT_SOCKET"):
+        await serve_agent(a_config(home, "a" * 120), started_by_client=False)
+
+
+async def test_every_address_without_an_advertised_one_is_refused(home: Path) -> None:
+    with pytest.raises(ValueError, match="HOTWEIGHTS_ADVERTISE"):
+        await serve_agent(a_config(home, "a", HOTWEIGHTS_LISTEN="0.0.0.0:0"), started_by_client=False)
+
+
+async def test_an_agent_that_nobody_needs_ends_by_itself(home: Path) -> None:
+    config = a_config(home, "a", HOTWEIGHTS_AGENT_IDLE_S="0.5")
+    running = asyncio.ensure_future(serve_agent(config, started_by_client=True))
+    await asyncio.wait_for(running, 10)
+    assert not config.agent_socket.exists()
+
+
+async def test_an_agent_whose_image_is_mapped_does_not_end(home: Path) -> None:
+    config = a_config(home, "a", HOTWEIGHTS_AGENT_IDLE_S="0.3")
+    stop = asyncio.Event()
+    running = asyncio.ensure_future(serve_agent(config, started_by_client=True, stop=stop))
+    await until(config.agent_socket.exists, "it runs")
+    client = await connect_or_start(config)
+    digest = await client.identify_folder(make_folder(home / "v1"))
+    await client.stage(digest)
+    await client.map_image(digest, "replica-0")
+    assert client._keeper is not None
+    client._keeper.cancel()
+    await asyncio.sleep(1.5)
+    assert not running.done(), "an engine maps an image of it"
+    await client.release_image(digest, "replica-0")
+    await asyncio.wait_for(running, 10)
+    await client.close()
+
+
+async def test_the_only_holder_of_a_version_stays_until_another_has_it(
+    home: Path, coordinator: SmallCoordinator
+) -> None:
+    config = a_config(home, "a", coordinator.endpoint, HOTWEIGHTS_AGENT_IDLE_S="0.3")
+    running = asyncio.ensure_future(serve_agent(config, started_by_client=True))
+    await coordinator.hears("a")
+    client = await connect_or_start(config)
+    version = await client.publish_folder(make_folder(home / "v1"), "m", "v1")
+    await client.close()
+    await asyncio.sleep(1.5)
+    assert not running.done(), "it has the only copy"
+    coordinator.held["b"] = [version.manifest_digest]
+    await asyncio.wait_for(running, 10)
+
+
+async def test_a_client_of_another_coordinator_is_refused(home: Path) -> None:
+    async with agent_of(a_config(home, "a", "tcp://127.0.0.1:1")):
+        with pytest.raises(Refused) as refused:
+            await connect_or_start(a_config(home, "a", "tcp://127.0.0.1:2"))
+        assert refused.value.reason == "OTHER_COORDINATOR"
+        assert refused.value.fields == {"agent": "tcp://127.0.0.1:1", "asked": "tcp://127.0.0.1:2"}
+
+
+async def test_in_kubernetes_none_is_started_and_the_error_says_what_to_do(home: Path) -> None:
+    config = a_config(home, "a", KUBERNETES_SERVICE_HOST="10.0.0.1")
+    with pytest.raises(Refused, match="DaemonSet"):
+        await connect_or_start(config)
+    assert not config.stage_dir.exists()
+
+
+async def test_an_agent_that_is_gone_is_unreachable(home: Path) -> None:
+    config = a_config(home, "a")
+    async with agent_of(config) as agent:
+        await agent.status()
+    with pytest.raises(Unreachable):
+        await agent.__class__(config).probe()

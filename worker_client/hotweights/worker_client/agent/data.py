@@ -1,0 +1,116 @@
+"""The data port: buckets of this node for other agents, and the way to theirs.
+
+another agent --token, range--> tcp server --> staged image (mapped), else a folder (read, its stamps checked)
+"""
+
+import asyncio
+import logging
+import mmap
+import os
+import secrets
+import time
+from collections.abc import Callable
+
+from hotweights.transports.address import parse_address
+from hotweights.transports.base import Connection, Server
+from hotweights.transports.errors import NotHeld, PeerGone
+from hotweights.transports.registry import open_transport
+from hotweights.v1.worker_service_pb2 import Source
+from hotweights.wire.tokens import KEY_BYTES, BadToken, check_token
+from hotweights.worker_client.agent.folders import Folders
+from hotweights.worker_client.image.errors import FolderChanged
+from hotweights.worker_client.image.reader import BucketReader
+from hotweights.worker_client.stage.errors import NotStaged
+from hotweights.worker_client.stage.stage import Stage
+
+log = logging.getLogger(__name__)
+
+CONNECT_DEADLINE_S = 10.0
+TRANSPORT = "tcp"
+
+
+async def connect(source: Source) -> Connection:
+    """To another agent's data port. Raises TransportError."""
+    name, separator, address = source.data_endpoint.partition("://")
+    if not separator:
+        name, address = TRANSPORT, source.data_endpoint
+    transport = open_transport(name)
+    try:
+        return await transport.connect(address, token=source.token, deadline_s=CONNECT_DEADLINE_S)
+    except ValueError as error:  # an address or a token that is none
+        raise PeerGone(source.data_endpoint, str(error)) from error
+
+
+class DataPort:
+    """Serves what the stage and the folders hold to who shows a token of ours."""
+
+    def __init__(self, node: str, stage: Stage, folders: Folders) -> None:
+        self.token_key = secrets.token_bytes(KEY_BYTES)
+        self.endpoint = ""
+        self.served_at = time.monotonic()
+        self._node = node
+        self._stage = stage
+        self._folders = folders
+        self._reader = BucketReader()
+        self._server: Server | None = None
+        self._withdraw: Callable[[bytes, str], None] = lambda digest, why: None
+
+    async def start(self, listen: str, advertise: str) -> None:
+        """Raises OSError, and ValueError for an address that readers could not use."""
+        host, _ = parse_address(listen)
+        if not advertise and host in ("0.0.0.0", "::"):
+            raise ValueError(f"HOTWEIGHTS_LISTEN={listen} is every address: say which one with HOTWEIGHTS_ADVERTISE")
+        loop = asyncio.get_running_loop()
+
+        def withdraw(digest: bytes, why: str) -> None:
+            loop.call_soon_threadsafe(self._folders.withdraw, digest, why)
+
+        self._withdraw = withdraw
+        transport = open_transport(TRANSPORT)
+        self._server = await transport.serve(self, listen, check=self._check, advertise=advertise or None)
+        address = self._server.address
+        self.endpoint = address if "://" in address else f"{TRANSPORT}://{address}"
+
+    async def close(self) -> None:
+        if self._server is not None:
+            await self._server.close()
+
+    def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
+        """See BucketSource. In a thread."""
+        self.served_at = time.monotonic()
+        try:
+            return self._staged(image, file, offset, size)
+        except NotStaged:
+            pass
+        known = self._folders.peek(image)
+        if known is None:
+            raise NotHeld(image, file, offset, size)
+        try:
+            return self._reader.read_range(known.image, file, offset, size)
+        except FolderChanged as error:
+            self._withdraw(image, str(error))
+            raise NotHeld(image, file, offset, size, str(error)) from error
+        except ValueError as error:
+            raise NotHeld(image, file, offset, size, str(error)) from error
+
+    def _staged(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
+        files = self._stage.manifest(image).files
+        if not 0 <= file < len(files) or offset + size > files[file].size_bytes:
+            raise NotHeld(image, file, offset, size, "there is no such range")
+        try:
+            handle = os.open(self._stage.folder(image) / files[file].name, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:  # it went this instant
+            raise NotHeld(image, file, offset, size, "it was given up") from error
+        try:
+            # Stays mapped while the view lives, even if the image goes meanwhile.
+            return memoryview(mmap.mmap(handle, files[file].size_bytes, prot=mmap.PROT_READ))[offset : offset + size]
+        finally:
+            os.close(handle)
+
+    def _check(self, token: bytes, image: bytes) -> bool:
+        try:
+            check_token(self.token_key, token, image, self._node, time.time())
+        except BadToken as error:
+            log.warning("a reader of image %s was turned away: %s", image.hex()[:16], error)
+            return False
+        return True

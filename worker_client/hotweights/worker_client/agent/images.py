@@ -1,0 +1,155 @@
+"""How an image gets into the stage: what is there is verified, the rest copied from a folder or fetched.
+
+held ---------------------------------------------------------------> done
+left by a former agent --verify--> done, or unfinished
+unfinished or absent --reserve, scan--> copy from a folder of this node, fetch from sources --finish--> done
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from hotweights.v1 import worker_service_pb2
+from hotweights.worker_client.agent.data import connect
+from hotweights.worker_client.agent.folders import Folders
+from hotweights.worker_client.agent.work import Work
+from hotweights.worker_client.image.errors import FolderChanged
+from hotweights.worker_client.stage.copy import copy_folder
+from hotweights.worker_client.stage.errors import SourcesFailed
+from hotweights.worker_client.stage.fetch import Fetch
+from hotweights.worker_client.stage.partial import Partial
+from hotweights.worker_client.stage.stage import Stage
+from hotweights.worker_client.stage.threads import Figures, in_thread, stoppable
+
+log = logging.getLogger(__name__)
+
+Source = worker_service_pb2.Source
+
+
+class _Staging(Work[None]):
+    """One image on its way; who joins may bring more sources."""
+
+    sources: list[Source]
+
+
+class Images:
+    """The stage as the agent uses it: one work an image, whoever asks. Use from one event loop."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        folders: Folders,
+        manifest_of: Callable[[bytes], Awaitable[bytes]],
+        changed: Callable[[], None],
+    ) -> None:
+        self.stage = stage
+        self._folders = folders
+        self._manifest_of = manifest_of
+        self._changed = changed
+        self._staging: dict[bytes, _Staging] = {}
+        self._to_verify: dict[bytes, Work[bool]] = {}
+
+    def is_busy(self) -> bool:
+        return any(not staging.task.done() for staging in self._staging.values())
+
+    def verify_found(self, found: list[bytes]) -> None:
+        """Begins to verify what a former agent left, one image after the other."""
+        one_by_one = asyncio.Lock()
+        for digest in found:
+            figures = Figures()
+            work = Work(self._verify(digest, figures, one_by_one), figures, kept=True)
+            self._to_verify[digest] = work
+
+    def begin(self, digest: bytes, sources: list[Source]) -> Work[None]:
+        """The work that ends with the image held. It goes on while somebody waits for it."""
+        staging = self._staging.get(digest)
+        if staging is None or staging.is_over:
+            figures, wanted = Figures(), list(sources)
+            before = staging.task if staging is not None else None
+            staging = _Staging(self._bring(digest, wanted, figures, before), figures, kept=False)
+            staging.sources = wanted
+            self._staging[digest] = staging
+            staging.task.add_done_callback(lambda _: self._tidy(digest))
+        else:
+            known = {source.node_id for source in staging.sources}
+            staging.sources += [source for source in sources if source.node_id not in known]
+        return staging
+
+    def _tidy(self, digest: bytes) -> None:
+        staging = self._staging.get(digest)
+        if staging is not None and staging.task.done():
+            del self._staging[digest]
+
+    async def settled(self, digest: bytes) -> None:
+        """Waits until an image that a former agent left is verified or given up."""
+        work = self._to_verify.get(digest)
+        if work is not None:
+            await asyncio.wait({work.task})
+
+    async def close(self) -> None:
+        tasks: list[asyncio.Task[None] | asyncio.Task[bool]] = [work.task for work in self._staging.values()]
+        tasks += [work.task for work in self._to_verify.values()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _verify(self, digest: bytes, figures: Figures, one_by_one: asyncio.Lock) -> bool:
+        try:
+            async with one_by_one:
+                whole = await in_thread(lambda stop: self.stage.verify(digest, stoppable(figures.write, stop)))
+        finally:
+            del self._to_verify[digest]
+        log.info("image %s left by a former agent: %s", digest.hex()[:16], "whole" if whole else "not whole")
+        self._changed()
+        return whole
+
+    async def _bring(
+        self, digest: bytes, sources: list[Source], figures: Figures, before: "asyncio.Task[None] | None"
+    ) -> None:
+        if before is not None:  # called off, and still letting go of the image
+            await asyncio.wait({before})
+        await self.settled(digest)
+        if digest in self.stage.held():
+            return
+        blob = await self._find_manifest(digest, sources)
+        reserved: list[tuple[Partial, bool]] = []  # filled even when we are cancelled meanwhile
+        try:
+            await in_thread(lambda _: reserved.append(self.stage.reserve(digest, blob)))
+            partial, resumed = reserved[0]
+            if resumed:
+                await in_thread(lambda stop: partial.scan(stoppable(figures.write, stop)))
+                log.info("image %s: %d buckets are to come", digest.hex()[:16], len(partial.missing))
+            figures.write(partial.bytes_done, partial.bytes_total)
+            await self._fill(partial, sources, figures)
+            await in_thread(lambda _: self.stage.finish(partial))
+            log.info("image %s is staged: %d bytes", digest.hex()[:16], partial.bytes_total)
+        finally:
+            for unfinished, _ in reserved:
+                self.stage.abandon(unfinished)
+            self._changed()
+
+    async def _find_manifest(self, digest: bytes, sources: list[Source]) -> bytes:
+        known = self._folders.find(digest)
+        if known is not None:
+            return known.image.blob
+        left = self.stage.left_manifest(digest)
+        if left is not None:
+            return left
+        if not sources:
+            raise SourcesFailed(digest, [])
+        return await self._manifest_of(digest)
+
+    async def _fill(self, partial: Partial, sources: list[Source], figures: Figures) -> None:
+        """From a folder of this node if there is one, else, or if it changed, from the sources."""
+        known = self._folders.find(partial.digest) if partial.missing else None
+        if known is not None:
+            image = known.image
+            try:
+                await in_thread(lambda stop: copy_folder(partial, image, stoppable(figures.write, stop)))
+            except FolderChanged as error:
+                self._folders.withdraw(partial.digest, str(error))
+                if not sources:
+                    raise
+        if partial.missing:
+            await Fetch(partial, sources, connect, figures.write).run()
