@@ -16,7 +16,6 @@ from hotweights.v1 import fleet_pb2
 from hotweights.wire.channel import open_channel
 from hotweights.wire.errors import HotweightsError, Unreachable, from_rpc_error
 from hotweights.worker_client.config import Config
-from hotweights.worker_client.image import join_pages
 
 M = TypeVar("M", bound=Message)
 
@@ -61,6 +60,8 @@ class Coordinator:
 
     async def manifest(self, digest: bytes) -> bytes:
         """The serialised manifest that `digest` names. Raises BadImage too."""
+        from hotweights.worker_client.image import join_pages
+
         request = pb.GetManifestRequest(manifest_digest=digest)
         pages = []
         try:

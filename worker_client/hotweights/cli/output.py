@@ -5,20 +5,23 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
-from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 
-from hotweights.v1 import update_pb2
+if TYPE_CHECKING:
+    from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+    from hotweights.v1 import update_pb2
 
 NOTHING = "-"
 
 
 def as_plain(message: Message) -> Any:
     """A message as JSON's types: names as in the protocol, bytes in hex, 64-bit numbers as numbers."""
+    from google.protobuf.json_format import MessageToDict
+
     shown = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
     return _plain(message, shown)
 
@@ -108,7 +111,7 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 
-def word(kind: EnumTypeWrapper, value: int) -> str:
+def word(kind: "EnumTypeWrapper", value: int) -> str:
     """An enum's value for a person: UPDATE_PHASE_ROLLED_BACK is "rolled back"."""
     if value not in kind.values():
         return str(value)
@@ -130,7 +133,7 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def moment(at: Timestamp) -> str:
+def moment(at: "Timestamp") -> str:
     """Local time to the second; nothing for a time that is not set."""
     if not at.seconds:
         return NOTHING
@@ -142,7 +145,7 @@ def short(digest: bytes) -> str:
     return digest.hex()[:16]
 
 
-def pause(window: update_pb2.WindowTimes) -> str:
+def pause(window: "update_pb2.WindowTimes") -> str:
     """A window's pause, in its parts."""
     whole = window.quiesce_ms + window.apply_ms + window.resume_ms
     return (

@@ -38,12 +38,21 @@ def add_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
 
 
 async def publish(arguments: argparse.Namespace) -> int:
+    from hotweights.worker_client.image import ImageError
+
+    if arguments.wait and not arguments.update:
+        raise CommandFailed("--wait waits for the update that --update starts; --wait-copies for copies", exit_code=2)
+    try:
+        return await _publish(arguments)
+    except ImageError as error:
+        raise CommandFailed(str(error)) from error
+
+
+async def _publish(arguments: argparse.Namespace) -> int:
     from hotweights.cli.client import chosen_model, connect
     from hotweights.cli.output import print_json
     from hotweights.worker_client.image import resolve_model
 
-    if arguments.wait and not arguments.update:
-        raise CommandFailed("--wait waits for the update that --update starts; --wait-copies for copies", exit_code=2)
     async with connect(arguments) as coordinator:
         model = await chosen_model(coordinator, arguments)
         folder = resolve_model(arguments.source, coordinator.settings.hf_cache)

@@ -10,7 +10,6 @@ from hotweights.cli.output import one_line
 from hotweights.wire.endpoint import BadEndpoint
 from hotweights.wire.errors import HotweightsError
 from hotweights.worker_client.config import BadSetting
-from hotweights.worker_client.image import ImageError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 2, 130, 141
 
@@ -31,7 +30,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         return _tell(error, error.exit_code)
     except (BadEndpoint, BadSetting) as error:
         return _tell(error, EXIT_USAGE)
-    except (HotweightsError, ImageError, OSError) as error:
+    except (HotweightsError, OSError) as error:
         return _tell(error, EXIT_FAILED)
     assert isinstance(code, int)
     return code

@@ -58,9 +58,9 @@ def _worker_rows() -> list[Row]:
     rows = []
     for setting in SETTINGS:
         value = getattr(read, setting.name.removeprefix("HOTWEIGHTS_").lower())
-        rows.append(
-            Row("worker", setting.name, _shown(setting.name, value), _source(environ, setting.name), setting.meaning)
-        )
+        # What is only known when an engine starts is shown as the table describes it.
+        shown = _shown(setting.name, value) or setting.default
+        rows.append(Row("worker", setting.name, shown, _source(environ, setting.name), setting.meaning))
     return rows
 
 

@@ -25,6 +25,15 @@ def add_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Hashes outside of any event loop, so that Ctrl-C ends it at once."""
+    from hotweights.worker_client.image import ImageError
+
+    try:
+        return _verify(arguments)
+    except ImageError as error:
+        raise CommandFailed(str(error)) from error
+
+
+def _verify(arguments: argparse.Namespace) -> int:
     import asyncio
 
     from hotweights.cli.config import read_settings
