@@ -1,0 +1,120 @@
+"""Publishing a live module: its state written as a checkpoint folder, then published like any other.
+
+state_dict --write_module--> folder/model.safetensors --publish_folder--> version
+"""
+
+import asyncio
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hotweights.publish.folder import Progress, publish_folder_async
+from hotweights.v1 import model_pb2, update_pb2
+from hotweights.worker_client.config import Config
+
+WEIGHTS = "model.safetensors"
+
+
+def write_module(state: Mapping[str, Any], folder: Path, *, files: Mapping[str, bytes] | None = None) -> Path:
+    """Writes a state dict (torch tensors, or what numpy takes as arrays) as a safetensors folder.
+
+    `folder` must not have weights yet: a folder that is being served must never change. `files` ride along
+    (config.json, for an engine to load the version from disk). Raises FileExistsError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / WEIGHTS
+    if target.exists():
+        raise FileExistsError(f"{target} is there already; give every version a folder of its own")
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content)
+    unfinished = folder / f".{WEIGHTS}"
+    if any(hasattr(value, "detach") for value in state.values()):
+        _save_torch(state, unfinished)
+    else:
+        from safetensors.numpy import save_file
+
+        save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, unfinished)
+    unfinished.replace(target)
+    return folder
+
+
+def _save_torch(state: Mapping[str, Any], path: Path) -> None:
+    from safetensors.torch import save_file  # imports torch: only here, only for torch's tensors
+
+    seen: set[int] = set()
+    tensors: dict[str, Any] = {}
+    for name, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in seen:  # tied weights: each name gets bytes of its own
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
+    save_file(tensors, path)
+
+
+async def publish_module_async(
+    state: Mapping[str, Any],
+    *,
+    model: str,
+    version: str,
+    folder: Path | None = None,
+    files: Mapping[str, bytes] | None = None,
+    config: Config | None = None,
+    start_update: bool = False,
+    options: update_pb2.UpdateOptions | None = None,
+    progress: Progress | None = None,
+    wait_copies: int = 0,
+    wait_s: float = 600.0,
+) -> model_pb2.Version:
+    """Writes `state` to `folder` (a new temporary one unless given) and publishes that.
+
+    The folder is served in place and stays: remove it when other nodes hold the version.
+    """
+    home = folder or Path(await asyncio.to_thread(tempfile.mkdtemp, prefix=f"hotweights-{version}-"))
+    await asyncio.to_thread(write_module, state, home, files=files)
+    return await publish_folder_async(
+        home,
+        model=model,
+        version=version,
+        config=config,
+        start_update=start_update,
+        options=options,
+        progress=progress,
+        wait_copies=wait_copies,
+        wait_s=wait_s,
+    )
+
+
+def publish_module(
+    state: Mapping[str, Any],
+    *,
+    model: str,
+    version: str,
+    folder: Path | None = None,
+    files: Mapping[str, bytes] | None = None,
+    config: Config | None = None,
+    start_update: bool = False,
+    options: update_pb2.UpdateOptions | None = None,
+    progress: Progress | None = None,
+    wait_copies: int = 0,
+    wait_s: float = 600.0,
+) -> model_pb2.Version:
+    """As publish_module_async, where no loop runs."""
+    return asyncio.run(
+        publish_module_async(
+            state,
+            model=model,
+            version=version,
+            folder=folder,
+            files=files,
+            config=config,
+            start_update=start_update,
+            options=options,
+            progress=progress,
+            wait_copies=wait_copies,
+            wait_s=wait_s,
+        )
+    )
