@@ -36,6 +36,8 @@ T = TypeVar("T")
 Progress = Callable[[int, int], None]
 
 START_DEADLINE_S = 30.0
+START_AGAIN_S = 10.0
+SPAWN_DEADLINE_S = 10.0
 PROBE_DEADLINE_S = 2.0
 CALL_DEADLINE_S = 15.0
 LONG_DEADLINE_S = 3600.0
@@ -100,9 +102,15 @@ class AgentClient:
         with self._errors():
             response = await self._stub.MapImage(request, timeout=CALL_DEADLINE_S, wait_for_ready=True)
         folder = Path(response.folder)
-        if (digest, client_id) not in self._held:
-            pin = pin_path(folder.parent, digest, client_id)
-            self._held[digest, client_id] = await asyncio.to_thread(hold_pin, pin)
+        # Anew each time: an agent that lost the image and staged it again has made another pin.
+        try:
+            handle = await asyncio.to_thread(hold_pin, pin_path(folder.parent, digest, client_id))
+        except FileNotFoundError as error:
+            raise _not_shared(folder) from error
+        before = self._held.pop((digest, client_id), None)
+        self._held[digest, client_id] = handle
+        if before is not None:
+            os.close(before)
         return folder
 
     async def release_image(self, digest: bytes, client_id: str) -> None:
@@ -230,13 +238,15 @@ async def connect_or_start(config: Config) -> AgentClient:
 
 
 async def _start(config: Config, client: AgentClient) -> pb.GetAgentStatusResponse:
-    """Starts an agent, and another if that one ended without an agent answering, until the deadline."""
+    """Starts an agent, and another if none answers after a while, until the deadline."""
     loop = asyncio.get_running_loop()
-    ends_at = loop.time() + START_DEADLINE_S
-    started: subprocess.Popen[bytes] | None = None
+    ends_at, starts_at = loop.time() + START_DEADLINE_S, 0.0
+    own_folder(config.stage_dir)
+    (config.stage_dir / OUTPUT_NAME).write_bytes(b"")
     while True:
-        if started is None or started.poll() is not None:
-            started = await asyncio.to_thread(_spawn, config)
+        if loop.time() >= starts_at:
+            await asyncio.to_thread(_spawn, config)
+            starts_at = loop.time() + START_AGAIN_S
         try:
             return await client.probe()
         except Unreachable as error:
@@ -245,20 +255,24 @@ async def _start(config: Config, client: AgentClient) -> pb.GetAgentStatusRespon
         await asyncio.sleep(0.2)
 
 
-def _spawn(config: Config) -> "subprocess.Popen[bytes]":
-    """An agent in a session of its own, with our settings, nothing of our stdio, and its output in the stage."""
-    own_folder(config.stage_dir)
-    command = [sys.executable, "-m", "hotweights.cli", "agent", "--auto"]
+def _spawn(config: Config) -> None:
+    """An agent in a session of its own, with our settings, nothing of our stdio, and its output in the stage.
+
+    A shell in between puts it in the background and ends: it is nobody's child here, and leaves no zombie.
+    """
     # env(1) adds our settings to what a child inherits: they may have come by argument.
     settings = [f"{name}={value}" for name, value in config.as_environ().items()]
-    with (config.stage_dir / OUTPUT_NAME).open("wb") as output:
-        return subprocess.Popen(
-            ["/usr/bin/env", *settings, *command],
+    agent = ["/usr/bin/env", *settings, sys.executable, "-m", "hotweights.cli", "agent", "--auto"]
+    with (config.stage_dir / OUTPUT_NAME).open("ab") as output:
+        subprocess.run(
+            ["/bin/sh", "-c", '"$@" &', "sh", *agent],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             cwd="/",
             start_new_session=True,
+            check=True,
+            timeout=SPAWN_DEADLINE_S,
         )
 
 
@@ -268,6 +282,15 @@ def _why_not(config: Config) -> str:
         if text:
             return f"it was started and does not answer; its output ends: {text[-OUTPUT_SHOWN:]}"
     return f"it was started and does not answer; see {config.stage_dir}/agent.log"
+
+
+def _not_shared(folder: Path) -> Refused:
+    return Refused(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "STAGE_NOT_SHARED",
+        f"the agent staged {folder}, which this process does not see: mount the agent's stage at the same path",
+        folder=str(folder),
+    )
 
 
 def _no_agent(config: Config) -> Refused:

@@ -3,6 +3,7 @@
 import asyncio
 import fcntl
 import os
+import socket as socketlib
 from pathlib import Path
 
 import grpc
@@ -40,7 +41,7 @@ def check_socket_path(socket: Path) -> None:
 async def lock_socket(socket: Path, wait_s: float) -> int:
     """The lock's file descriptor; the kernel lets it go when the process ends. Raises AgentRuns.
 
-    `wait_s` is for an agent that is just ending.
+    `wait_s` is for an agent that is just ending; one that answers is not.
     """
     socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle = os.open(f"{socket}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode=0o600)
@@ -49,7 +50,7 @@ async def lock_socket(socket: Path, wait_s: float) -> int:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            if asyncio.get_running_loop().time() >= ends_at:
+            if asyncio.get_running_loop().time() >= ends_at or _answers(socket):
                 os.close(handle)
                 raise AgentRuns(socket) from error
             await asyncio.sleep(LOCK_POLL_S)
@@ -58,3 +59,14 @@ async def lock_socket(socket: Path, wait_s: float) -> int:
             raise
         else:
             return handle
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody listens there."""
+    with socketlib.socket(socketlib.AF_UNIX) as probe:
+        probe.settimeout(LOCK_POLL_S)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
