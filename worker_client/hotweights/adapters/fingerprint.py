@@ -21,9 +21,7 @@ PROBE_ROWS = 8
 
 def fingerprint(module: torch.nn.Module, *, threads: int = blake3.AUTO) -> bytes:
     """The digest of 32 bytes. Runs packed layers: only between steps of the engine."""
-    probe = Probe(module)
-    probe.run(float("inf"))
-    return combine(digest_tensors(module, threads=threads), probe)
+    return combine(digest_tensors(module, threads=threads), Probe(module))
 
 
 def combine(tensors: bytes, probe: "Probe") -> bytes:
@@ -85,33 +83,44 @@ class Probe:
     """What the packed layers answer. Runs in slices, so that a serving engine waits for none of it for long."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._layers = packed_layers(module)
-        self._hasher = blake3()
+        self._layers = list(packed_layers(module))
         self._inputs: dict[int, torch.Tensor] = {}
         self._dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-        self.done = False
+        self._before = [_linear(layer) for _, layer, _ in self._layers]
+        self._asked: dict[str, tuple[object, bytes]] = {}
 
     def run(self, budget_s: float) -> bool:
         """Goes on for about `budget_s`; True when every layer was asked."""
         ends = time.perf_counter() + budget_s
-        while not self.done and time.perf_counter() < ends:
-            self._next()
-        return self.done
+        for name, layer, width in self._layers:
+            if self._is_asked(name, layer):
+                continue
+            if time.perf_counter() > ends:
+                return False
+            self._ask(name, layer, width)
+        return True
+
+    def run_packed_anew(self) -> None:
+        """Asks the layers packed since this probe was made: called while a model is written, when their memory is
+        still in the processor's caches. Later it would take as long as reading the whole model."""
+        for (name, layer, width), before in zip(self._layers, self._before, strict=True):
+            if _linear(layer) is not before and not self._is_asked(name, layer):
+                self._ask(name, layer, width)
 
     def digest(self) -> bytes:
-        return self._hasher.digest()
+        """Of the answers; layers that were packed again since they were asked are asked again."""
+        self.run(float("inf"))
+        return blake3(b"".join(self._asked[name][1] for name, _, _ in self._layers)).digest()
+
+    def _is_asked(self, name: str, layer: torch.nn.Module) -> bool:
+        return name in self._asked and self._asked[name][0] is _linear(layer)
 
     @torch.no_grad()
-    def _next(self) -> None:
-        entry = next(self._layers, None)
-        if entry is None:
-            self.done = True
-            return
-        name, layer, width = entry
-        linear = layer.__dict__["cpu_linear"]
+    def _ask(self, name: str, layer: torch.nn.Module, width: int) -> None:
+        linear = _linear(layer)
         answer = linear(self._input(width), layer._parameters.get("weight"), None)
-        self._hasher.update(f"{name}\0{answer.dtype}\0{tuple(answer.shape)}\0".encode())
-        self._hasher.update(_bytes_of(answer))
+        header = f"{name}\0{answer.dtype}\0{tuple(answer.shape)}\0".encode()
+        self._asked[name] = linear, blake3(header).update(_bytes_of(answer)).digest()
 
     def _input(self, width: int) -> torch.Tensor:
         """A fixed pattern in [-1, 1), not from a generator: torch's may change between its versions."""
@@ -120,3 +129,8 @@ class Probe:
             pattern = steps.to(torch.float64) / (1 << 31) - 1.0
             self._inputs[width] = pattern.reshape(PROBE_ROWS, width).to(self._dtype)
         return self._inputs[width]
+
+
+def _linear(layer: torch.nn.Module) -> Any:
+    """The function a layer computes with; another one each time it is packed."""
+    return layer.__dict__["cpu_linear"]

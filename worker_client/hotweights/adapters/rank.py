@@ -17,7 +17,7 @@ import torch
 
 from hotweights.adapters import memory
 from hotweights.adapters.checkpoint import checkpoint_folder
-from hotweights.adapters.fingerprint import Probe, combine, digest_tensors, fingerprint, packed_layers
+from hotweights.adapters.fingerprint import Probe, combine, digest_tensors, packed_layers
 from hotweights.adapters.mapped import MappedImage, TensorSpec, check_specs, read_specs
 from hotweights.adapters.routes import ReloadRoute, Route
 from hotweights.adapters.undo import Copies, Snapshot, undo_bytes
@@ -160,8 +160,11 @@ class Rank:
 
     # The window
 
-    def apply(self, folder: Path) -> Update:
-        """Writes the prepared image of `folder`. What it raises leaves the undo to the caller."""
+    def apply(self, folder: Path) -> tuple[Update, Probe]:
+        """Writes the prepared image of `folder`; gives a probe that has asked most layers already.
+
+        What it raises leaves the undo to the caller.
+        """
         update = self._update
         if update is None or not update.before or self._folder != folder:
             raise RankRefused(f"{folder} is not prepared")
@@ -173,11 +176,17 @@ class Rank:
         points = _failpoints()
         points.hit("apply.start")
         self.synchronize()
-        update.route.write(update.image, lambda count: points.hit("apply.tensor", count))
+        probe = Probe(self.model)
+
+        def after(count: int) -> None:
+            points.hit("apply.tensor", count)
+            probe.run_packed_anew()
+
+        update.route.write(update.image, after)
         self.synchronize()
         points.hit("apply.end")
         self._served = update.image.specs
-        return update
+        return update, probe
 
     def undo(self) -> bytes:
         """Puts back what was served before the apply, proves it and gives its fingerprint."""
@@ -191,16 +200,16 @@ class Rank:
             update.route.clean_up()
             self.synchronize()
             self._served, update.snapshot = update.specs_before, None
-        now = self.fingerprint_now()
+        now = self.fingerprint_now(Probe(self.model))
         if now != update.before:
             raise RankRefused(
                 f"fingerprint after the undo is {now.hex()}, before the apply it was {update.before.hex()}"
             )
         return now
 
-    def fingerprint_now(self) -> bytes:
+    def fingerprint_now(self, probe: Probe) -> bytes:
         """On all cores; for inside the window."""
-        return fingerprint(self.model)
+        return combine(digest_tensors(self.model), probe)
 
     def release(self) -> bool:
         """Drops copies and mapping. False while something still holds a tensor of the mapping."""

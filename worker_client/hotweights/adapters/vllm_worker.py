@@ -88,9 +88,9 @@ def hotweights_apply(self: Any, folder: str) -> Status:
     """Writes the prepared image. Not ok means: undo in every rank."""
     start = time.perf_counter()
     rank = _rank(self)
-    update = rank.apply(Path(folder))
+    update, probe = rank.apply(Path(folder))
     wrote = time.perf_counter()
-    proof = rank.fingerprint_now()
+    proof = rank.fingerprint_now(probe)
     done = time.perf_counter()
     return {
         "fingerprint": proof,
