@@ -303,3 +303,15 @@ def test_a_link_planted_in_an_unfinished_image_is_not_followed(stage: Stage, tmp
     with pytest.raises(OSError, match="symbolic link"):
         stage.reserve(image.digest, image.blob)
     assert victim.read_text() == "precious"
+
+
+def test_the_folder_above_the_stage_is_shared_where_memory_is_shared(tmp_path: Path) -> None:
+    """The second user of a machine must be able to make a stage under /dev/shm/hotweights too."""
+    shared = tmp_path / "shm"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    stage = Stage(shared / "hotweights" / "0")
+    stage.open()
+    stage.close()
+    assert stat.S_IMODE((shared / "hotweights").stat().st_mode) == 0o1777
+    assert stat.S_IMODE((shared / "hotweights" / "0").stat().st_mode) == 0o700
