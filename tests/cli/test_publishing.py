@@ -4,13 +4,14 @@ import asyncio
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 from hotweights.worker_client.agent_client import AgentClient
 from hotweights.worker_client.config import load_config
 
-from .processes import DEADLINE_S, Node, Serving, start_coordinator, stop
+from .processes import COMMAND, DEADLINE_S, Node, Serving, start_coordinator, stop
 
 Folders = dict[str, Path]
 
@@ -40,6 +41,24 @@ def test_the_model_is_the_only_one_there_is_and_status_shows_the_version_whole(
     assert row[8] == digest[:16]
     assert any(line.split()[:3] == ["here", "yes", "2"] for line in status.splitlines())
     assert "m v2 published" in status
+
+
+def test_on_a_narrow_terminal_names_and_states_stay_whole(agent: Serving) -> None:
+    ours, theirs = os.openpty()
+    done = subprocess.run(
+        [*COMMAND, "coord-status"],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        env=agent.node.environment(HOTWEIGHTS_ENDPOINT=agent.endpoint, COLUMNS="60", TERM="xterm", NO_COLOR="1"),
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    os.close(theirs)
+    with open(ours, "rb", buffering=0) as terminal:
+        text = terminal.read(1 << 16).decode()
+    assert done.returncode == 0
+    rows = [line.split() for line in text.splitlines()]
+    assert ["m", "v2", "available", "8.4", "kB", "here"] in rows
 
 
 def test_a_folder_is_verified_alone_and_against_a_version(agent: Serving, checkpoints: Folders) -> None:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from hotweights.v1 import update_pb2
 
 NOTHING = "-"
+# Where a terminal is too narrow, these columns wrap, and of these others as many go, in order, as must: names and
+# states stay whole. Whoever wants all of it has --json, and plain columns where no terminal is.
+_MAY_WRAP = {"ENGINE", "HOLDERS", "LAST PAUSE", "MEANING", "NAMES", "NOTE", "PAUSE", "REASON", "SOURCES", "WHAT"}
+_MAY_GO = ("BUCKETS", "TENSORS", "RANKS", "DIGEST", "PUBLISHED", "ENGINE", "MEANING")
+_WRAPPED_WIDTH = 20
 
 
 def as_plain(message: Message) -> Any:
@@ -97,13 +102,32 @@ def _print_rich(tables: Sequence[Table]) -> None:
         if table.title:
             console.print(Text(table.title, style="bold"))
         if not table.rows:
-            console.print(Text(f"  {table.empty}", style="dim"))
+            console.print(Text(f"  {table.empty}\n", style="dim"))
             continue
-        shown = RichTable(*(Column(name, overflow="fold") for name in table.columns), box=SIMPLE_HEAD, pad_edge=False)
+        kept = _that_fit(table, console.width)
+        names = [table.columns[at] for at in kept]
+        columns = [Column(name, overflow="fold", no_wrap=name not in _MAY_WRAP) for name in names]
+        shown = RichTable(*columns, box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for row in table.rows:
             # Text, not markup: what others sent must not draw on this terminal.
-            shown.add_row(*(Text(cell) for cell in row))
-        console.print(shown)
+            shown.add_row(*(Text(row[at]) for at in kept))
+        console.print(shown, "")
+
+
+def _that_fit(table: Table, width: int) -> list[int]:
+    """The columns to show on a terminal of this width: those that say nothing go first, then `_MAY_GO`."""
+    lines = [table.columns, *table.rows]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(table.columns))]
+    kept = list(range(len(table.columns)))
+    silent = [at for at in kept if all(row[at] == NOTHING for row in table.rows)]
+    expendable = silent + [table.columns.index(name) for name in _MAY_GO if name in table.columns]
+    for at in expendable:
+        needed = sum(3 + (min(widths[i], _WRAPPED_WIDTH) if table.columns[i] in _MAY_WRAP else widths[i]) for i in kept)
+        if needed <= width:
+            break
+        if at in kept:
+            kept.remove(at)
+    return kept
 
 
 def one_line(text: str) -> str:

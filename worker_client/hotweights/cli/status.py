@@ -99,9 +99,11 @@ def update_tables(update: "update_pb2.Update") -> "Iterable[Table]":
     wave = f", wave {update.wave + 1} of {update.wave_count}" if is_applying else ""
     kind = word(update_pb2.UpdateKind, update.kind)
     phase = word(update_pb2.UpdatePhase, update.phase)
+    has_ended = update.HasField("ended_at")
+    when = f"ended {moment(update.ended_at)}" if has_ended else f"started {moment(update.started_at)}"
     title = (
         f"update {update.id}: {kind} from {update.base_version or 'unversioned'} to {update.target_version}: "
-        f"{phase}{wave}, since {moment(update.ended_at if update.HasField('ended_at') else update.started_at)}"
+        f"{phase}{wave}, {when}"
     )
     if update.reason:
         title += f"\n  reason: {one_line(update.reason)}"
@@ -111,7 +113,7 @@ def update_tables(update: "update_pb2.Update") -> "Iterable[Table]":
         paused = pause(row.window) if row.HasField("window") else ""
         replicas.add(row.replica_id, row.wave + 1, outcome, paused, row.reason)
     yield replicas
-    if update.HasField("ended_at"):
+    if has_ended:
         return
     nodes = Table(f"update {update.id}: staging", ("NODE", "STAGED", "DONE", "OF", "PERCENT"))
     for node in update.nodes:
