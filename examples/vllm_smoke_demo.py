@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from hotweights.adapters.settings import settings
 from hotweights.adapters.vllm_extension import HotweightsWorkerExtension
+from hotweights.wire.errors import HotweightsError
 from hotweights.worker_client.config import Config
 
 MODEL = "smoke-demo"
@@ -80,4 +81,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except HotweightsError as error:
+        sys.exit(f"vllm_smoke_demo: {error}")
