@@ -4,7 +4,9 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 
 import pytest
@@ -169,6 +171,41 @@ async def test_an_answer_of_another_size_is_not_taken_for_the_range(size: int) -
         await read(TcpTransport(), f"127.0.0.1:{port}", size=9)
     stranger.close()
     await stranger.wait_closed()
+
+
+async def test_a_connection_closed_when_all_bytes_have_just_come_leaves_no_socket_behind() -> None:
+    go, sent = threading.Event(), threading.Event()
+
+    def answer_one_read(listener: socket.socket) -> None:
+        sock, _ = listener.accept()
+        with sock:
+            sock.recv(len(GOOD_HELLO), socket.MSG_WAITALL)
+            sock.sendall(frames.frame(frames.Kind.WELCOME))
+            sock.recv(len(frames.read(IMAGE, 0, 0, 9)), socket.MSG_WAITALL)
+            assert go.wait(5)
+            sock.sendall(frames.data(9) + CONTENT[:9])
+            sent.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        answering = threading.Thread(target=answer_one_read, args=(listener,))
+        answering.start()
+        connection = await TcpTransport().connect(
+            format_address("127.0.0.1", listener.getsockname()[1]), token=TOKEN, deadline_s=5
+        )
+        into = bytearray(9)
+        reading = asyncio.create_task(connection.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5))
+        await asyncio.sleep(0.05)
+        # The event loop is held up until all is in the socket's buffer, then the connection is closed.
+        go.set()
+        assert sent.wait(5)
+        await connection.close()
+        await asyncio.wait([reading], timeout=5)
+        assert reading.done()
+        assert reading.exception() is None
+        assert into == CONTENT[:9]
+        assert connection._sock.fileno() == -1
+        await asyncio.to_thread(answering.join, 5)
 
 
 async def test_connecting_to_a_port_that_never_answers_ends_at_the_deadline() -> None:

@@ -72,7 +72,6 @@ def list_files(folder: Path, *, include_code: bool = False) -> list[FolderFile]:
         for name in sorted(named - weights):
             raise BadImage(INDEX, "", f"names {name!r}, which is not in the folder")
         names = [name for name in names if name not in weights or name in named]
-        weights = named
     if not weights:
         raise BadImage(folder.name, "", "no tensor at all: the folder has no *.safetensors (pickles are not read)")
     return [FolderFile(name, locate(folder, name), name in weights) for name in names]

@@ -1,4 +1,4 @@
-"""Ranges of an image's files, for those who fetch them: the file is proven unchanged before and after."""
+"""Ranges of an image's files, for those who fetch them: read first, then proven to be what was hashed."""
 
 from io import FileIO
 
@@ -24,10 +24,8 @@ class BucketReader:
         data = memoryview(bytearray(size))
         try:
             with FileIO(image.path(file_index)) as file:
-                # Both times on the open file: a path may have been pointed elsewhere in between.
-                if stamp_of(file) != image.stamps[file_index]:
-                    raise FolderChanged(image.folder, name)
                 _read_full(file, offset, data, image, name)
+                # Of the open file: its path may lead elsewhere by now. After reading: it covers both.
                 if stamp_of(file) != image.stamps[file_index]:
                     raise FolderChanged(image.folder, name)
         except (BadImage, FileNotFoundError):

@@ -107,7 +107,10 @@ def _bad_bucket(manifest: manifest_pb2.Manifest, index: int) -> Problem:
     tensors = tuple(
         tensor.name
         for tensor in manifest.tensors
-        if tensor.size_bytes and tensor.file == bucket.file and tensor.offset < end and bucket.offset < tensor.offset + tensor.size_bytes
+        if tensor.size_bytes
+        and tensor.file == bucket.file
+        and tensor.offset < end
+        and bucket.offset < tensor.offset + tensor.size_bytes
     )
     text = f"bytes {bucket.offset} to {end} are not the ones that were published"
     return Problem(manifest.files[bucket.file].name, text, bucket.offset, bucket.size_bytes, tensors)
