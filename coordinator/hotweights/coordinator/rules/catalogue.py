@@ -67,7 +67,9 @@ def _same_again(turn: Turn, present: VersionRecord, event: e.VersionPublished) -
             existing_digest=present.digest,
             offered_digest=event.digest,
         )
-    if event.start and not present.start:
+    model, under_way = turn.models[event.model], turn.open_fleet_update(event.model)
+    begun = event.name in (model.committed, under_way.target if under_way else "")
+    if event.start and not present.start and not begun:
         again = replace(present, start=True, options=event.options)
         turn.versions.put((event.model, event.name), again)
         turn.touch(event.model)
@@ -215,8 +217,8 @@ def _open(
     )
     tried = max(model.tried_sequence, target.sequence)
     turn.models.put(model.name, replace(model, next_update=model.next_update + 1, tried_sequence=tried))
-    if target.start:
-        turn.versions.put((target.model, target.name), replace(target, start=False))
+    if kind is not Kind.CATCH_UP:
+        _forget_starts(turn, target, kind)
     turn.put_update(update)
     what = "rollback" if kind is Kind.ROLLBACK else kind.value
     turn.note_update(
@@ -227,6 +229,14 @@ def _open(
     _forget_old_updates(turn, model.name)
     turn.touch(model.name)
     return update
+
+
+def _forget_starts(turn: Turn, target: VersionRecord, kind: Kind) -> None:
+    """A start that waits is overtaken by this one, and by going back: nothing older begins by itself afterwards."""
+    for key, version in list(turn.versions.items()):
+        overtaken = kind is Kind.ROLLBACK or version.sequence <= target.sequence
+        if version.model == target.model and version.start and overtaken:
+            turn.versions.put(key, replace(version, start=False))
 
 
 def _forget_old_updates(turn: Turn, model: str) -> None:
@@ -279,13 +289,7 @@ def base_of(turn: Turn, roster: list[Seat]) -> str:
     digests = {seat.active for seat in roster}
     if len(digests) != 1:
         return ""
-    return version_of_digest(turn, roster[0].model, digests.pop())
-
-
-def version_of_digest(turn: Turn, model: str, digest: str) -> str:
-    """The newest version with this content; empty when there is none."""
-    names = [v for v in turn.versions.values() if v.model == model and v.digest == digest]
-    return max(names, key=lambda v: v.sequence).name if digest and names else ""
+    return turn.version_of(roster[0].model, digests.pop())
 
 
 def _unready(turn: Turn, model: str) -> int:
@@ -374,12 +378,16 @@ def _due(turn: Turn, model: ModelRecord) -> VersionRecord | None:
 
 
 def _catch_up(turn: Turn, model: ModelRecord, replica: str) -> None:
-    """A late, restarted or lagging replica gets an update of its own to what is committed."""
+    """A late, restarted or lagging replica gets an update of its own to what is committed.
+
+    Before the first commit that is what it should go back to, if it missed going back.
+    """
     record, seat = turn.replicas[replica], turn.seats.get(replica)
-    version = turn.versions.get((model.name, model.committed))
+    name = model.committed or turn.version_of(model.name, record.desired)
+    version = turn.versions.get((model.name, name))
     if version is None or seat is None or not seat.connected or record.excluded:
         return
-    turn.desire(replica, version.digest)
+    turn.desire(model.name, replica, version.digest)
     record = turn.replicas[replica]
     if seat.identifying or seat.active == version.digest or turn.now < record.retry_at:
         return
@@ -388,7 +396,7 @@ def _catch_up(turn: Turn, model: ModelRecord, replica: str) -> None:
     if not turn.holders(version.digest):
         return
     member = Member(replica, seat.nodes, 0, seat.active)
-    base = version_of_digest(turn, model.name, seat.active)
+    base = turn.version_of(model.name, seat.active)
     _open(turn, version, Kind.CATCH_UP, Options(), {replica: member}, base)
 
 

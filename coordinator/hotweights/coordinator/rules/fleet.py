@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from hotweights.coordinator.rules import events as e
+from hotweights.coordinator.rules.catalogue import check_name
 from hotweights.coordinator.rules.orders import Declined, NoteKind
 from hotweights.coordinator.rules.records import (
     Member,
@@ -19,6 +20,7 @@ from hotweights.coordinator.rules.update import fail_member
 
 
 def agent_attached(turn: Turn, event: e.AgentAttached) -> None:
+    check_name("node", event.node)
     present = turn.nodes.get(event.node)
     _same_life(turn, "node", event.node, present, event.incarnation)
     node = Node(
@@ -44,6 +46,11 @@ def agent_attached(turn: Turn, event: e.AgentAttached) -> None:
 
 
 def replica_attached(turn: Turn, event: e.ReplicaAttached) -> None:
+    check_name("replica", event.replica)
+    for _, node, _ in event.ranks:
+        check_name("node", node)
+    if event.model:
+        check_name("model", event.model)
     present = turn.seats.get(event.replica)
     _same_life(turn, "replica", event.replica, present, event.incarnation)
     model = _model_for(turn, event)
@@ -61,11 +68,15 @@ def replica_attached(turn: Turn, event: e.ReplicaAttached) -> None:
         lease_until=turn.now + turn.limits.lease_s,
         fingerprints=event.fingerprints,
         window=present.window if present and present.incarnation == event.incarnation else None,
+        heard=present.heard if present and present.incarnation == event.incarnation else None,
     )
     turn.seats.put(event.replica, seat)
     record = turn.replicas.get(event.replica)
+    if record is not None and record.model != model:
+        turn.touch(record.model)
     if record is None or record.model != model:
-        turn.replicas.put(event.replica, ReplicaRecord(event.replica, model))
+        committed = turn.digest_of(model, turn.models[model].committed)
+        turn.replicas.put(event.replica, ReplicaRecord(event.replica, model, desired=committed))
     if present is None or not present.connected:
         turn.note(
             NoteKind.REPLICA_ATTACHED,
@@ -350,9 +361,20 @@ def _answered(turn: Turn, seat: Seat, update_id: str, ticket: Ticket) -> Member 
     return member if member is not None and member.ticket == ticket else None
 
 
+def _hear_late(turn: Turn, seat: Seat, event: e.Applied | e.ApplyFailed) -> None:
+    """A report on an update that is over moves nothing, but says what is served: a hung window may end after all."""
+    update, ticket = turn.updates.get(event.update), event.ticket
+    over = update is not None and not update.phase.is_open and seat.id in update.members
+    newest = seat.heard is None or (seat.heard.epoch, seat.heard.number) <= (ticket.epoch, ticket.number)
+    if over and newest:
+        turn.seats.put(seat.id, replace(turn.seats[seat.id], active=event.active, open_window="", heard=ticket))
+        turn.touch(seat.model)
+
+
 def applied(turn: Turn, seat: Seat, event: e.Applied) -> None:
     member = _answered(turn, seat, event.update, event.ticket)
     if member is None:
+        _hear_late(turn, seat, event)
         return
     turn.seats.put(
         seat.id,
@@ -362,6 +384,7 @@ def applied(turn: Turn, seat: Seat, event: e.Applied) -> None:
             fingerprints=event.fingerprints,
             window=event.window,
             open_window="",
+            heard=event.ticket,
         ),
     )
     update = turn.updates[event.update]
@@ -387,11 +410,10 @@ def applied(turn: Turn, seat: Seat, event: e.Applied) -> None:
 def apply_failed(turn: Turn, seat: Seat, event: e.ApplyFailed) -> None:
     member = _answered(turn, seat, event.update, event.ticket)
     if member is None:
+        _hear_late(turn, seat, event)
         return
-    turn.seats.put(
-        seat.id,
-        replace(turn.seats[seat.id], active=event.active, open_window="", note=event.reason),
-    )
+    changed = replace(turn.seats[seat.id], active=event.active, open_window="", note=event.reason, heard=event.ticket)
+    turn.seats.put(seat.id, changed)
     if member.outcome is Outcome.RESTORING:
         outcome = Outcome.TORN if event.torn else Outcome.DIVERGED
         turn.put_member(event.update, replace(member, outcome=outcome, reason=event.reason))

@@ -32,7 +32,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Seat:
-    """A replica's presence."""
+    """A replica's presence. `heard` is the newest order that a window was reported for."""
 
     id: str
     model: str
@@ -49,6 +49,7 @@ class Seat:
     fingerprints: tuple[str, ...] = ()
     window: WindowTimes | None = None
     note: str = ""
+    heard: Ticket | None = None
 
 
 @dataclass(frozen=True)

@@ -156,14 +156,21 @@ class Turn:
         record = self.versions.get((model, version)) if version else None
         return record.digest if record else ""
 
+    def version_of(self, model: str, digest: str) -> str:
+        """The newest version with this content; empty when there is none."""
+        known = [v for v in self.versions.values() if v.model == model and v.digest == digest]
+        return max(known, key=lambda v: v.sequence).name if digest and known else ""
+
     def holders(self, digest: str) -> list[Node]:
         return [n for n in self.nodes.values() if n.connected and digest in n.held]
 
-    def seat_lost(self, replica: str) -> bool:
-        """Out of contact for a whole lease; a new leader waits a full term for everyone."""
+    def seat_lost(self, model: str, replica: str) -> bool:
+        """Out of contact for a whole lease, or gone to another model; a new leader waits a full term for everyone."""
         seat = self.seats.get(replica)
         if seat is None:
             return self.now >= self.led_at + self.limits.lease_s
+        if seat.model != model:
+            return True
         return not seat.connected and self.now >= seat.lease_until
 
     def node_lost(self, node_id: str) -> bool:
@@ -182,7 +189,12 @@ class Turn:
         update = self.updates[update_id]
         return self.put_update(replace(update, members={**update.members, member.replica: member}))
 
-    def desire(self, replica: str, digest: str) -> None:
-        record = self.replicas[replica]
-        if record.desired != digest:
+    def record_of(self, model: str, replica: str) -> ReplicaRecord | None:
+        """The replica's record, unless it follows another model by now or was forgotten."""
+        record = self.replicas.get(replica)
+        return record if record is not None and record.model == model else None
+
+    def desire(self, model: str, replica: str, digest: str) -> None:
+        record = self.record_of(model, replica)
+        if record is not None and record.desired != digest:
             self.replicas.put(replica, replace(record, desired=digest))

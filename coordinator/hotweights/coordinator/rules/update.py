@@ -106,7 +106,7 @@ def _advance_staging(turn: Turn, update: UpdateRecord) -> None:
 
 def make_ready(turn: Turn, update_id: str, member: Member) -> None:
     """Asks for what the member still lacks: images on its nodes, then the replica's own check."""
-    if turn.seat_lost(member.replica):
+    if turn.seat_lost(turn.updates[update_id].model, member.replica):
         fail_member(turn, update_id, member.replica, "out of contact")
         return
     seat = turn.seats.get(member.replica)
@@ -125,11 +125,10 @@ def make_ready(turn: Turn, update_id: str, member: Member) -> None:
 
 
 def _busy(turn: Turn, update_id: str, replica: str) -> bool:
-    """Whether another update's GO is still out: one outstanding order a replica, always."""
+    """Whether another update had GO for it and is not over: one outstanding order a replica, always."""
     for other in turn.open_updates(turn.updates[update_id].model):
         member = other.members.get(replica)
-        in_window = member and member.outcome in (Outcome.APPLYING, Outcome.RESTORING)
-        if other.id != update_id and in_window:
+        if other.id != update_id and member is not None and member.ticket is not None:
             return True
     return False
 
@@ -189,7 +188,7 @@ def _send_wave(turn: Turn, update_id: str) -> bool:
     through = True
     for member in [m for m in update.members.values() if m.wave == update.wave]:
         if member.outcome is Outcome.STAGING:
-            make_ready(turn, update_id, member)
+            _make_ready_again(turn, update_id, member)
         elif member.outcome is Outcome.PREPARED:
             _go(turn, update_id, member)
         if turn.updates[update_id].phase is not Phase.APPLYING:
@@ -199,16 +198,29 @@ def _send_wave(turn: Turn, update_id: str) -> bool:
     return through
 
 
+def _make_ready_again(turn: Turn, update_id: str, member: Member) -> None:
+    """It connected anew since it was prepared; from its wave on it has the time that staging had."""
+    update, effort = turn.updates[update_id], effort_of(turn, turn.updates[update_id])
+    due = effort.due.get(member.replica)
+    if due is None:
+        due = turn.now + update.options.staging_deadline_s
+        turn.efforts.put(update_id, replace(effort, due={**effort.due, member.replica: due}))
+    if turn.now >= due:
+        fail_member(turn, update_id, member.replica, "was not prepared again in time")
+    else:
+        make_ready(turn, update_id, member)
+
+
 def _go(turn: Turn, update_id: str, member: Member) -> None:
     """Desired becomes the target durably before GO is spoken: both leave in one write."""
-    if turn.seat_lost(member.replica):
+    if turn.seat_lost(turn.updates[update_id].model, member.replica):
         fail_member(turn, update_id, member.replica, "out of contact")
         return
     seat = turn.seats.get(member.replica)
     if seat is None or not seat.connected or _busy(turn, update_id, seat.id):
         return
     update = turn.updates[update_id]
-    turn.desire(member.replica, update.target_digest)
+    turn.desire(update.model, member.replica, update.target_digest)
     if seat.active == update.target_digest:
         done = replace(member, outcome=Outcome.APPLIED, reason="served it already")
         turn.put_member(update_id, done)
@@ -219,7 +231,7 @@ def _go(turn: Turn, update_id: str, member: Member) -> None:
 
 def _tell_apply(turn: Turn, update: UpdateRecord, seat: Seat, digest: str, *, restore: bool) -> Ticket:
     options, limits = update.options, turn.limits
-    version = update.base if restore else update.target
+    version = turn.version_of(update.model, digest) if restore else update.target
     action = Apply(
         digest=digest,
         version=version,
@@ -271,7 +283,8 @@ def commit(turn: Turn, update: UpdateRecord) -> None:
         _desire_committed(turn, update)
     else:
         for name in update.members:
-            turn.replicas.put(name, replace(turn.replicas[name], failures=0, retry_at=0.0))
+            if (record := turn.record_of(update.model, name)) is not None:
+                turn.replicas.put(name, replace(record, failures=0, retry_at=0.0))
     _ended(turn, update, f"{update.id}: {update.target} is committed")
 
 
@@ -279,7 +292,7 @@ def _desire_committed(turn: Turn, update: UpdateRecord) -> None:
     """Joiners since the roster was frozen desire committed, too."""
     for record in list(turn.replicas.values()):
         if record.model == update.model and not record.excluded:
-            turn.desire(record.id, update.target_digest)
+            turn.desire(update.model, record.id, update.target_digest)
 
 
 # Failing and going back.
@@ -304,11 +317,12 @@ def fail_member(turn: Turn, update_id: str, replica: str, reason: str, *, torn: 
     excluded = replace(update.members[replica], outcome=Outcome.EXCLUDED if not torn else outcome)
     update = turn.put_member(update_id, excluded)
     update = turn.put_update(replace(update, reason=told))
-    turn.replicas.put(replica, replace(turn.replicas[replica], excluded=True))
+    if (record := turn.record_of(update.model, replica)) is not None:
+        turn.replicas.put(replica, replace(record, excluded=True))
     turn.note_update(NoteKind.REPLICA_EXCLUDED, update, f"{replica}: left behind, {reason}", replica=replica)
     if had_go:
         # It may serve either version: what it should serve is what it served.
-        turn.desire(replica, member.base)
+        turn.desire(update.model, replica, member.base)
     failures = sum(m.outcome in OUT for m in update.members.values())
     if failures > share(update.options.max_failed, len(update.members)):
         abort(turn, update, f"{failures} replicas failed, the last one {told}")
@@ -318,7 +332,7 @@ def abort(turn: Turn, update: UpdateRecord, reason: str) -> None:
     """The decision ABORT. Desired goes back for all that had GO, before anyone is told."""
     for member in update.members.values():
         if member.ticket is not None or member.outcome is Outcome.APPLIED:
-            turn.desire(member.replica, member.base)
+            turn.desire(update.model, member.replica, member.base)
     if all(m.ticket is None for m in update.members.values()):
         ended = replace(
             update,
@@ -357,7 +371,7 @@ def _take_back(turn: Turn, update_id: str, member: Member) -> None:
     overdue = turn.now >= effort.deadline_at
     if member.outcome is Outcome.RESTORING:
         overdue = overdue or turn.now >= effort.due.get(member.replica, effort.deadline_at)
-    lost = turn.seat_lost(member.replica)
+    lost = turn.seat_lost(turn.updates[update_id].model, member.replica)
     if lost or overdue:
         why = "out of contact" if lost else "did not go back in time"
         turn.put_member(update_id, replace(member, outcome=Outcome.DIVERGED, reason=why))
@@ -376,7 +390,7 @@ def _ended(turn: Turn, update: UpdateRecord, message: str) -> None:
     committed = update.decision is Decision.COMMIT
     for name in update.members:
         seat = turn.seats.get(name)
-        if seat is not None and seat.connected:
+        if seat is not None and seat.connected and seat.model == update.model:
             turn.tell(seat, End(committed), update.id)
     if update.kind is Kind.CATCH_UP and not committed:
         _back_off(turn, update)
@@ -389,7 +403,9 @@ def _back_off(turn: Turn, update: UpdateRecord) -> None:
     if update.reason == SUPERSEDED:
         return
     for name in update.members:
-        record = turn.replicas[name]
+        record = turn.record_of(update.model, name)
+        if record is None:
+            continue
         failures = record.failures + 1
         excluded = failures >= turn.limits.catch_up_failures_max
         wait_s = turn.limits.catch_up_backoff_s * 2 ** (failures - 1)

@@ -10,7 +10,6 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from hotweights.coordinator.rules import orders as o
 from hotweights.coordinator.rules import records as r
-from hotweights.coordinator.rules.catalogue import version_of_digest
 from hotweights.coordinator.rules.orders import Declined
 from hotweights.coordinator.rules.state import Node, Seat, State
 from hotweights.coordinator.rules.turn import Turn
@@ -176,7 +175,7 @@ def replica_message(state: State, record: r.ReplicaRecord) -> fleet_pb2.Replica:
         id=record.id,
         model=record.model,
         excluded=record.excluded,
-        desired_version=version_of_digest(turn, record.model, record.desired),
+        desired_version=turn.version_of(record.model, record.desired),
     )
     if seat is not None:
         _add_seat(message, turn, record, seat)
@@ -186,7 +185,7 @@ def replica_message(state: State, record: r.ReplicaRecord) -> fleet_pb2.Replica:
 def _add_seat(message: fleet_pb2.Replica, turn: Turn, record: r.ReplicaRecord, seat: Seat) -> None:
     message.connected = seat.connected
     message.ready = seat.connected and bool(seat.active) and seat.active == record.desired
-    message.active_version = version_of_digest(turn, record.model, seat.active)
+    message.active_version = turn.version_of(record.model, seat.active)
     message.active_digest = bytes.fromhex(seat.active)
     message.fingerprints.extend(bytes.fromhex(text) for text in seat.fingerprints)
     message.engine = seat.engine
