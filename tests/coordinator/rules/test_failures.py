@@ -260,6 +260,21 @@ def test_a_replica_that_restarts_in_its_window_fails_and_is_brought_to_its_base(
     assert set(bench.active.values()) == {"d1"}
 
 
+def test_a_go_that_is_out_keeps_its_time_when_the_update_is_cancelled() -> None:
+    bench = committed_fleet(2)
+    bench.start("v2", apply_deadline_s=2000)
+    bench.prepare_all()
+    bench.cancel(bench.update.id)
+    bench.wait(3900)
+    assert bench.outcomes()["r0"] is Outcome.APPLYING
+    while bench.outcomes()["r0"] is Outcome.APPLYING:
+        bench.wait(5)
+    bench.take(o.Apply, "r0")
+    bench.apply("r0")
+    assert bench.outcomes()["r0"] is Outcome.RESTORED
+    assert bench.phase() is Phase.ROLLED_BACK
+
+
 def test_a_torn_replica_is_told_nothing_more() -> None:
     bench = ready(3)
     bench.apply("r0")

@@ -261,8 +261,11 @@ def _end_overdue(turn: Turn, update_id: str) -> None:
             options = turn.updates[update_id].options
             due = turn.now + turn.limits.lease_s + options.quiesce_deadline_s
             due += 2 * options.apply_deadline_s + turn.limits.report_margin_s
-            marked = replace(effort, due={**effort.due, member.replica: due})
-            turn.efforts.put(update_id, marked)
+            deadline_at = effort.deadline_at
+            if turn.updates[update_id].phase is Phase.ROLLING_BACK:
+                deadline_at = max(deadline_at, due + turn.limits.roll_back_deadline_s)
+            due_of = {**effort.due, member.replica: due}
+            turn.efforts.put(update_id, replace(effort, deadline_at=deadline_at, due=due_of))
         if turn.now >= due:
             fail_member(turn, update_id, member.replica, "GO was sent and no report came in time")
 
@@ -347,7 +350,9 @@ def abort(turn: Turn, update: UpdateRecord, reason: str) -> None:
     back = replace(update, phase=Phase.ROLLING_BACK, decision=Decision.ABORT, reason=reason)
     turn.put_update(back)
     effort = effort_of(turn, back)
-    deadline_at = turn.now + turn.limits.roll_back_deadline_s
+    # A GO that is out keeps its whole time, and the way back comes after it.
+    windows_end = [effort.due.get(m.replica, turn.now) for m in back.members.values() if m.outcome is Outcome.APPLYING]
+    deadline_at = max([turn.now, *windows_end]) + turn.limits.roll_back_deadline_s
     turn.efforts.put(update.id, replace(effort, deadline_at=deadline_at))
     turn.note_update(NoteKind.UPDATE_PHASE, back, f"{update.id}: rolling back, {reason}")
 
@@ -368,9 +373,10 @@ def _advance_rolling_back(turn: Turn, update: UpdateRecord) -> None:
 
 def _take_back(turn: Turn, update_id: str, member: Member) -> None:
     update, effort = turn.updates[update_id], turn.efforts[update_id]
-    overdue = turn.now >= effort.deadline_at
-    if member.outcome is Outcome.RESTORING:
-        overdue = overdue or turn.now >= effort.due.get(member.replica, effort.deadline_at)
+    ends_at = effort.deadline_at
+    if member.outcome in (Outcome.RESTORING, Outcome.APPLYING):
+        ends_at = effort.due.get(member.replica, ends_at)
+    overdue = turn.now >= ends_at
     lost = turn.seat_lost(turn.updates[update_id].model, member.replica)
     if lost or overdue:
         why = "out of contact" if lost else "did not go back in time"

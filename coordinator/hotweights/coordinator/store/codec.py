@@ -21,7 +21,7 @@ def decode(kind: type[T], data: bytes) -> T:
     """The record again. Raises ValueError when it is not one of that kind."""
     try:
         value = _typed(kind, json.loads(data))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"no {kind.__name__} in the store's record: {error}") from error
     assert isinstance(value, kind)
     return value
