@@ -183,6 +183,7 @@ class Window:
         try:
             if not await within(RESUME_DEADLINE_S, "resetting the caches", self._engine.reset_caches()):
                 return "a cache is still held by requests and would serve what the old weights computed"
+            # Last: what is undone must not have been tagged.
             await within(RESUME_DEADLINE_S, "tagging", self._engine.set_weight_version(self._order.version))
         except EngineFailed as error:
             return str(error)
