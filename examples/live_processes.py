@@ -87,13 +87,13 @@ class Processes:
         return "; its log ends with\n  " + "\n  ".join(lines[-15:])
 
     def run_json(self, arguments: Sequence[str], deadline_s: float = 60.0) -> Any:
-        """A command's last line of output as JSON. Raises DemoFailed with what it said instead."""
+        """A command's output as JSON. Raises DemoFailed with what it said instead."""
         done = self._run(arguments, deadline_s)
-        lines = done.stdout.strip().splitlines()
-        if done.returncode or not lines:
+        # vLLM logs to stdout as well: the answer is the first object that begins a line.
+        start = ("\n" + done.stdout).find("\n{")
+        if done.returncode or start < 0:
             raise DemoFailed(f"{' '.join(arguments)} exited {done.returncode}: {done.stderr[-2000:]}")
-        text = done.stdout if lines[0] in ("{", "[") else lines[-1]
-        return json.loads(text)
+        return json.JSONDecoder().raw_decode(done.stdout[start:])[0]
 
     def _run(self, arguments: Sequence[str], deadline_s: float) -> "subprocess.CompletedProcess[str]":
         try:

@@ -2,17 +2,23 @@
 
     python examples/oracle.py FOLDER --prompt "t5 t6" --prompt "t9"
 
-prints one JSON line: greedy outputs of the prompts, and the fingerprint of every rank.
+prints one JSON line: greedy outputs of the prompts, how clear each was, and the fingerprint of every rank.
+
+`margins` is the least distance between the best and the second best token of a prompt's output, in logarithms of
+probability. Matrix products round differently in batches of other sizes, so beside traffic a near tie may fall the
+other way; only prompts with a clear margin can be held against an engine that is busy.
 """
 
 import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 FINGERPRINT_DEADLINE_S = 120.0
-MAX_TOKENS = 12
+MAX_TOKENS = 6
+MARGIN_MIN = 0.05
 
 
 def fingerprints(llm: Any) -> list[str]:
@@ -26,6 +32,20 @@ def fingerprints(llm: Any) -> list[str]:
             return [answer["fingerprint"].hex() for answer in answers]
         time.sleep(0.02)
     raise SystemExit("no fingerprint in time")
+
+
+def margin(steps: Any) -> float:
+    """Of the closest decision of an output."""
+    return min(abs(a.logprob - b.logprob) for a, b in ([*step.values()][:2] for step in steps))
+
+
+def clear_prompts(prompts: Sequence[str], oracles: Sequence[Any], wanted: int) -> list[str]:
+    """Those on which every oracle decides clearly, the clearest first."""
+    margins = {p: min(o["margins"][n] for o in oracles) for n, p in enumerate(prompts)}
+    clear = [p for p in sorted(prompts, key=lambda p: -margins[p]) if margins[p] >= MARGIN_MIN]
+    if len(clear) < wanted:
+        raise SystemExit(f"only {len(clear)} of {len(prompts)} prompts have clear outputs")
+    return clear[:wanted]
 
 
 def main() -> None:
@@ -43,9 +63,14 @@ def main() -> None:
         max_model_len=256,
         worker_extension_cls="hotweights.adapters.vllm_extension.HotweightsWorkerExtension",
     )
-    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
-    outputs = [llm.generate([p], sampling, use_tqdm=False)[0].outputs[0].text for p in arguments.prompt]
-    print(json.dumps({"outputs": outputs, "fingerprints": fingerprints(llm)}), flush=True)
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=2)
+    found = [llm.generate([p], sampling, use_tqdm=False)[0].outputs[0] for p in arguments.prompt]
+    answer = {
+        "outputs": [output.text for output in found],
+        "margins": [margin(output.logprobs) for output in found],
+        "fingerprints": fingerprints(llm),
+    }
+    print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

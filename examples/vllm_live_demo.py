@@ -25,11 +25,12 @@ from live_processes import (
     free_port,
 )
 from live_traffic import Traffic
+from oracle import MAX_TOKENS, clear_prompts
 from random_llama import make_checkpoint
 
 MODEL = "demo"
-PROMPTS = ("t5 t6 t7 t8", "t100 t33", "t9 t8 t7 t6 t5 t4", "t450")
-MAX_TOKENS = 12
+PROMPTS = [f"t{n} t{n + 9} t{2 * n}" for n in range(5, 245, 5)]
+PROMPTS_CHECKED = 4
 UPDATE_DEADLINE_S = 180.0
 HERE = Path(__file__).resolve().parent
 
@@ -49,6 +50,7 @@ class Demo:
         self.url = f"http://127.0.0.1:{self.api_port}/v1"
         self.stage = Path("/dev/shm" if Path("/dev/shm").is_dir() else folder) / f"hotweights-{folder.name}"
         self.oracles: dict[str, Any] = {}
+        self.prompts: list[str] = []
         self.processes = Processes(folder, self._environment())
 
     def _environment(self) -> dict[str, str]:
@@ -76,6 +78,7 @@ class Demo:
             script = [str(HERE / "oracle.py"), str(self.folder / name), *prompts]
             self.oracles[name] = self.processes.run_json(script, ENGINE_DEADLINE_S)
             say(f"a fresh engine on {name} answered {len(PROMPTS)} prompts and showed its parameters")
+        self.prompts = clear_prompts(PROMPTS, list(self.oracles.values()), PROMPTS_CHECKED)
 
     def start_fleet(self) -> None:
         store = f"sqlite:{self.folder / 'coordinator.db'}"
@@ -142,13 +145,14 @@ class Demo:
                 )
                 .choices[0]
                 .text
-                for prompt in PROMPTS
+                for prompt in self.prompts
             ]
 
     def matches(self, version: str) -> bool:
         """Outputs and live parameters equal those of an engine freshly started on the version."""
         oracle, replica = self.oracles[version], self.replica()
-        same_outputs = self.outputs() == oracle["outputs"]
+        expected = [oracle["outputs"][PROMPTS.index(prompt)] for prompt in self.prompts]
+        same_outputs = self.outputs() == expected
         same_parameters = replica.get("fingerprints") == oracle["fingerprints"]
         same_version = replica.get("active_version") == version
         if not (same_outputs and same_parameters and same_version):
