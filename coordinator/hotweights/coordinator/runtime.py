@@ -85,7 +85,17 @@ class Runtime:
         await self._recall()
         self.failed = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.create_task(self._lead()), asyncio.create_task(self._tick())]
+        for task in self._tasks:
+            task.add_done_callback(self._leader_ended)
         log.info("leading cluster %s, epoch %d", self.cluster_id, opened.epoch)
+
+    def _leader_ended(self, task: "asyncio.Task[None]") -> None:
+        """A leader that a bug ended must not look alive: whoever waits for `failed` stops the process."""
+        assert self.failed is not None
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self.failed.done():
+            log.critical("the leader ended by a bug", exc_info=error)
+            self.failed.set_exception(error)
 
     async def _recall(self) -> None:
         first = max(1, self.revision - RECENT_EVENTS + 1)
@@ -94,7 +104,10 @@ class Runtime:
                 self.recent.append(payload)
 
     async def stop(self) -> None:
-        """Ends sessions, finishes the batch under way and gives the store back."""
+        """Ends sessions, tells whoever waits and gives the store back.
+
+        The batch under way may still become durable: its askers hear UNAVAILABLE, the outcome is unknown to them.
+        """
         self.hub.end_all("the coordinator stops")
         for task in self._tasks:
             task.cancel()
@@ -116,8 +129,6 @@ class Runtime:
         manifests: dict[str, bytes] | None = None,
     ) -> bytes:
         """The answer once the change is durable. Raises Declined, or Refused without the store."""
-        if key and (kept := await self._store.answer(key, self.now())) is not None:
-            return kept
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         await self._inbox.put(Item(event, Asked(answer, future, key, manifests or {})))
         return await future
@@ -149,6 +160,10 @@ class Runtime:
             items = await self._next_batch()
             try:
                 await self._work(items)
+            except asyncio.CancelledError:
+                for item in items:
+                    _refuse(item, _stopping())
+                raise
             except WriteRefused as error:
                 await self._hold_back(items, error)
             except StoreBroken as error:
@@ -170,32 +185,56 @@ class Runtime:
 
     async def _work(self, items: list[Item]) -> None:
         state, orders, answers = self.state, list[o.Order](), list[tuple[Asked, bytes]]()
+        # By request, of this batch: the same request may be sent again while the first is under way.
+        fresh: dict[str, bytes] = {}
         manifests: dict[str, bytes] = {}
-        for item in items:
+        refusals: list[tuple[Item, Declined]] = []
+        rest: list[Item] = []
+        for place, item in enumerate(items, start=1):
+            asked = item.asked
+            if asked is not None and (kept := await self._kept(asked.key, fresh)) is not None:
+                answers.append((asked, kept))
+                continue
             try:
                 state, said = step(state, item.event)
             except Declined as declined:
-                _refuse(item, declined)
+                # It may name what this batch brings: it is said with the rest.
+                refusals.append((item, declined))
                 continue
             orders.extend(said)
-            if item.asked is not None:
-                answers.append((item.asked, item.asked.answer(state)))
-                manifests.update(item.asked.manifests)
-        batch = ledger.changes(self.state, state)
+            if asked is not None:
+                payload = asked.answer(state)
+                answers.append((asked, payload))
+                manifests.update(asked.manifests)
+                if asked.key:
+                    fresh[asked.key] = payload
+            if any(isinstance(order, o.Tell) and isinstance(order.action, o.Apply) for order in said):
+                # What follows could revoke this GO: it is told by the very record that grants it.
+                rest = items[place:]
+                break
+        batch, entries = ledger.changes(self.state, state), self._log_entries(orders)
         used = {version.digest for version in state.versions.values()}
-        batch.manifests = {d: blob for d, blob in manifests.items() if d in used}
-        log_entries = self._log_entries(orders)
-        batch.events = log_entries
+        batch.manifests = {digest: blob for digest, blob in manifests.items() if digest in used}
+        batch.events = entries
         until = self.now() + ANSWER_KEPT_S
-        batch.answers = {a.key: (until, payload) for a, payload in answers if a.key}
+        batch.answers = {key: (until, payload) for key, payload in fresh.items()}
         if batch:
             await self._store.write(batch)
         self.state = state
-        await self._adopt_log(log_entries)
+        self._held_back.extend(rest)
+        await self._adopt_log(entries)
         self._speak(orders)
+        for item, refusal in refusals:
+            _refuse(item, refusal)
         for asked, payload in answers:
             if not asked.future.done():
                 asked.future.set_result(payload)
+
+    async def _kept(self, key: str, fresh: dict[str, bytes]) -> bytes | None:
+        """What this request was answered before."""
+        if not key:
+            return None
+        return fresh[key] if key in fresh else await self._store.answer(key, self.now())
 
     def _log_entries(self, orders: list[o.Order]) -> list[tuple[int, bytes]]:
         notes = [order for order in orders if isinstance(order, o.Note)]

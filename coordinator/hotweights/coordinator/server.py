@@ -15,7 +15,7 @@ from hotweights.coordinator.rules.state import Limits
 from hotweights.coordinator.runtime import Runtime
 from hotweights.coordinator.service.coordinator import CoordinatorService
 from hotweights.coordinator.service.worker import WorkerService
-from hotweights.coordinator.store import StoreBroken, open_store
+from hotweights.coordinator.store import open_store
 from hotweights.v1 import (
     coordinator_service_pb2,
     coordinator_service_pb2_grpc,
@@ -99,7 +99,7 @@ def software_version() -> str:
 
 
 async def serve(config: Config, on_started: Callable[[Endpoint], None] = lambda _: None) -> None:
-    """Runs until SIGTERM or SIGINT, or until the store fails. Raises StoreError, CannotBind."""
+    """Runs until SIGTERM or SIGINT, or until the store or the leader fails. Raises StoreError, CannotBind."""
     coordinator = Coordinator(config)
     loop, stops = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -113,5 +113,5 @@ async def serve(config: Config, on_started: Callable[[Endpoint], None] = lambda 
         await stops.wait()
     finally:
         await coordinator.stop()
-    if failed.done() and isinstance(error := failed.exception(), StoreBroken):
+    if failed.done() and (error := failed.exception()) is not None:
         raise error

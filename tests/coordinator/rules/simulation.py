@@ -162,15 +162,15 @@ class World:
     def speak(self, order: Order) -> None:
         match order:
             case o.Tell():
-                member = self.agents.get(order.member) or self.engines[order.member]
+                member: Member = self.agents.get(order.member) or self.engines[order.member]
                 check_told(order, self.state)
                 if member.session == order.session:
                     member.orders.append(order)
             case o.Drop():
-                for member in self.members():
-                    if member.session == order.session:
-                        member.session = ""
-                        self.wire.append(e.Left(self.now, member.name, order.session))
+                for dropped in self.members():
+                    if dropped.session == order.session:
+                        dropped.session = ""
+                        self.wire.append(e.Left(self.now, dropped.name, order.session))
 
     # Members.
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tests.coordinator.rules.bench import Bench
+from tests.coordinator.rules.bench import WINDOW, Bench
 from tests.coordinator.rules.fleets import committed_fleet, fleet
 
 from hotweights.coordinator.rules import events as e
@@ -189,6 +189,17 @@ def test_a_replica_lost_before_go_ends_the_update_with_nobody_applied() -> None:
     assert nobody_was_touched(bench)
 
 
+def test_no_go_is_told_in_the_same_breath_as_the_abort() -> None:
+    """r2 is lost when the wave of r1 and r2 begins."""
+    bench = ready(3)
+    bench.leaves("r2")
+    bench.wait(10)
+    bench.now += 10
+    bench.apply("r0")
+    assert bench.phase() is Phase.ROLLING_BACK
+    assert [order.action.digest for order, _ in bench.waiting(o.Apply) if isinstance(order.action, o.Apply)] == ["d1"]
+
+
 def test_a_replica_back_within_its_lease_is_no_loss() -> None:
     bench = committed_fleet(2)
     bench.start("v2")
@@ -312,11 +323,40 @@ def test_a_late_report_tells_what_a_given_up_replica_serves() -> None:
     assert bench.phase() is Phase.ROLLED_BACK
     bench.active["r1"] = "d2"
     late = bench.who("r1")
-    bench.do(e.Applied(*late, go.update, go.ticket, "d2", None))  # type: ignore[arg-type]
+    bench.do(e.Applied(*late, go.update, go.ticket, "d2", WINDOW))
     bench.do(e.ApplyFailed(*late, back.update, back.ticket, "EXPIRED", "d2"))
     assert bench.state.seats["r1"].active == "d2"
     bench.obey()
     assert bench.active["r1"] == "d1"
+
+
+def test_a_way_back_that_was_lost_behind_a_hung_window_is_made_up_for() -> None:
+    """It reconnects inside the hung window, so that the new order seems to be under way; it never arrived."""
+    bench = ready(2)
+    bench.apply("r0")
+    go, _ = bench.take(o.Apply, "r1")
+    while bench.outcomes()["r1"] is Outcome.APPLYING:
+        bench.wait(5)
+    bench.replica("r1", "n1", open_window=bench.update.id)
+    bench.obey()
+    assert bench.outcomes()["r1"] is Outcome.RESTORING
+    bench.active["r1"] = "d2"
+    bench.do(e.Applied(*bench.who("r1"), go.update, go.ticket, "d2", WINDOW))
+    bench.wait(600)
+    assert bench.phase() is Phase.ROLLED_BACK
+    bench.obey()
+    assert bench.active["r1"] == "d1"
+
+
+def test_a_catch_up_that_goes_back_wants_its_base_until_it_is_over() -> None:
+    bench = committed_fleet(1)
+    bench.agent("n9", "d1", "d2")
+    bench.replica("late", "n9", "d2")
+    bench.prepare_all()
+    bench.fail("late")
+    assert bench.record("late").desired == "d2"
+    bench.apply("late")
+    assert bench.record("late").desired == "d1"
 
 
 def test_a_report_older_than_one_already_heard_says_nothing_of_what_is_served() -> None:
@@ -327,7 +367,7 @@ def test_a_report_older_than_one_already_heard_says_nothing_of_what_is_served() 
     bench.apply("r1")
     bench.obey()
     assert bench.phase() is Phase.ROLLED_BACK
-    bench.do(e.Applied(*bench.who("r1"), go.update, go.ticket, "d2", None))  # type: ignore[arg-type]
+    bench.do(e.Applied(*bench.who("r1"), go.update, go.ticket, "d2", WINDOW))
     assert bench.state.seats["r1"].active == "d1"
 
 

@@ -3,7 +3,7 @@
 import pytest
 from tests.coordinator.rules.simulation import World
 
-SEEDS = 600
+SEEDS = 500
 TURNS = 120
 CHUNK = 50
 

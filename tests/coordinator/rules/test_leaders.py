@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from tests.coordinator.rules.bench import Bench
+from tests.coordinator.rules.bench import WINDOW, Bench
 from tests.coordinator.rules.fleets import committed_fleet
 
 from hotweights.coordinator import ledger
@@ -11,6 +11,7 @@ from hotweights.coordinator.rules import State
 from hotweights.coordinator.rules import events as e
 from hotweights.coordinator.rules import orders as o
 from hotweights.coordinator.rules.records import Decision, Outcome, Phase
+from hotweights.coordinator.store import Opened
 from hotweights.coordinator.store.codec import decode, encode
 
 STEPS_MAX = 60
@@ -103,15 +104,11 @@ def test_a_window_that_was_open_all_along_reports_to_the_new_leader() -> None:
         bench.agent(node, *bench.held[node])
     bench.replica("r0", "n0", open_window=bench.update.id)
     bench.active["r0"] = "d2"
-    bench.do(e.Applied(*bench.who("r0"), order.update, order.ticket, "d2", order_window()))
+    bench.do(e.Applied(*bench.who("r0"), order.update, order.ticket, "d2", WINDOW))
     for name in ("r1", "r2"):
         bench.replica(name, bench.homes[name])
     bench.obey()
     assert bench.phase() is Phase.COMMITTED
-
-
-def order_window() -> o.WindowTimes:
-    return o.WindowTimes(1, 1, 1, 3)
 
 
 def test_a_report_lost_with_the_old_leader_is_found_in_hello() -> None:
@@ -160,8 +157,10 @@ def test_every_record_is_read_back_as_it_was_written(make: Callable[[], Bench]) 
         assert decode(type(record), encode(record)) == record
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"3", b"null", b'{"name": "m", "colour": 1}', b"\xff", b'{"name": 3'])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b"3", b"null", b'{"name": "m", "colour": 1}', b"\xff", b'{"name": 3']
+)
 def test_what_is_no_record_is_one_clear_error(data: bytes) -> None:
-    opened = ledger.Opened("c", 1, {"model m": data}, 0)
+    opened = Opened("c", 1, {"model m": data}, 0)
     with pytest.raises(ValueError, match="no ModelRecord"):
         ledger.restored(opened, Bench().limits, 0.0)

@@ -387,11 +387,12 @@ def _catch_up(turn: Turn, model: ModelRecord, replica: str) -> None:
     version = turn.versions.get((model.name, name))
     if version is None or seat is None or not seat.connected or record.excluded:
         return
+    if any(replica in update.members for update in turn.open_updates(model.name)):
+        # An open update says what it should serve; one that goes back wants the base.
+        return
     turn.desire(model.name, replica, version.digest)
     record = turn.replicas[replica]
     if seat.identifying or seat.active == version.digest or turn.now < record.retry_at:
-        return
-    if any(replica in update.members for update in turn.open_updates(model.name)):
         return
     if not turn.holders(version.digest):
         return

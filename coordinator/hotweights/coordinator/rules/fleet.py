@@ -362,11 +362,17 @@ def _answered(turn: Turn, seat: Seat, update_id: str, ticket: Ticket) -> Member 
 
 
 def _hear_late(turn: Turn, seat: Seat, event: e.Applied | e.ApplyFailed) -> None:
-    """A report on an update that is over moves nothing, but says what is served: a hung window may end after all."""
+    """A window that hung may end after all: that moves no update, but says what is served.
+
+    Listened to once the update is over, or while its way back, told meanwhile, is waited for.
+    """
     update, ticket = turn.updates.get(event.update), event.ticket
-    over = update is not None and not update.phase.is_open and seat.id in update.members
+    member = update.members.get(seat.id) if update is not None else None
+    if update is None or member is None:
+        return
+    given_up = not update.phase.is_open or member.outcome is Outcome.RESTORING
     newest = seat.heard is None or (seat.heard.epoch, seat.heard.number) <= (ticket.epoch, ticket.number)
-    if over and newest:
+    if given_up and newest:
         turn.seats.put(seat.id, replace(turn.seats[seat.id], active=event.active, open_window="", heard=ticket))
         turn.touch(seat.model)
 

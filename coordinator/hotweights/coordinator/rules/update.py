@@ -183,19 +183,26 @@ def _advance_applying(turn: Turn, update: UpdateRecord) -> None:
 
 
 def _send_wave(turn: Turn, update_id: str) -> bool:
-    """Gives GO to whom it can in the present wave; whether that wave is through."""
-    update = turn.updates[update_id]
-    through = True
-    for member in [m for m in update.members.values() if m.wave == update.wave]:
+    """Gives GO to whom it can in the present wave; whether that wave is through.
+
+    Who failed comes first: a GO must not be told in the same breath as the ABORT that revokes it.
+    """
+    for member in _wave(turn, update_id):
         if member.outcome is Outcome.STAGING:
             _make_ready_again(turn, update_id, member)
-        elif member.outcome is Outcome.PREPARED:
-            _go(turn, update_id, member)
+        elif member.outcome is Outcome.PREPARED and turn.seat_lost(turn.updates[update_id].model, member.replica):
+            fail_member(turn, update_id, member.replica, "out of contact")
         if turn.updates[update_id].phase is not Phase.APPLYING:
             return False
-        now = turn.updates[update_id].members[member.replica].outcome
-        through = through and (now is Outcome.APPLIED or now in OUT)
-    return through
+    for member in _wave(turn, update_id):
+        if member.outcome is Outcome.PREPARED:
+            _go(turn, update_id, member)
+    return all(member.outcome is Outcome.APPLIED or member.outcome in OUT for member in _wave(turn, update_id))
+
+
+def _wave(turn: Turn, update_id: str) -> list[Member]:
+    update = turn.updates[update_id]
+    return [member for member in update.members.values() if member.wave == update.wave]
 
 
 def _make_ready_again(turn: Turn, update_id: str, member: Member) -> None:
@@ -213,9 +220,6 @@ def _make_ready_again(turn: Turn, update_id: str, member: Member) -> None:
 
 def _go(turn: Turn, update_id: str, member: Member) -> None:
     """Desired becomes the target durably before GO is spoken: both leave in one write."""
-    if turn.seat_lost(turn.updates[update_id].model, member.replica):
-        fail_member(turn, update_id, member.replica, "out of contact")
-        return
     seat = turn.seats.get(member.replica)
     if seat is None or not seat.connected or _busy(turn, update_id, seat.id):
         return

@@ -8,7 +8,7 @@ When a client dies the request iterator just ends, so leaving is noted in `final
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 import grpc
 
@@ -22,12 +22,12 @@ from hotweights.coordinator.service.status import Context, abort
 from hotweights.v1 import worker_service_pb2 as pb
 from hotweights.v1 import worker_service_pb2_grpc as rpc
 from hotweights.wire.errors import Refused
+from hotweights.wire.tokens import DIGEST_BYTES, KEY_BYTES
 
 log = logging.getLogger(__name__)
 
 HELLO_DEADLINE_S = 10.0
 WRITE_DEADLINE_S = 30.0
-DIGEST_BYTES = 32
 
 
 class WorkerService(rpc.WorkerServiceServicer):
@@ -137,16 +137,31 @@ def _late(message: str) -> Refused:
     return Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "TOO_SLOW", message)
 
 
+def _digest(data: bytes) -> str:
+    """In hex; empty stands for nothing known. Raises Refused."""
+    if len(data) not in (0, DIGEST_BYTES):
+        raise Refused(
+            grpc.StatusCode.INVALID_ARGUMENT, "BAD_DIGEST", f"a digest has {DIGEST_BYTES} bytes, this one {len(data)}"
+        )
+    return data.hex()
+
+
+def _digests(items: Iterable[bytes]) -> frozenset[str]:
+    return frozenset(_digest(item) for item in items) - {""}
+
+
 def _attached(now: float, session: str, hello: pb.Hello) -> e.Event:
     if hello.WhichOneof("member") == "agent":
         agent = hello.agent
+        if len(agent.token_key) not in (0, KEY_BYTES):
+            raise _bad_hello(f"a token key has {KEY_BYTES} bytes, this one {len(agent.token_key)}")
         return e.AgentAttached(
             now=now,
             node=agent.node_id,
             session=session,
             incarnation=hello.incarnation,
             endpoint=agent.data_endpoint,
-            held=frozenset(d.hex() for d in agent.held_digests),
+            held=_digests(agent.held_digests),
             token_key=agent.token_key,
             bytes_used=agent.stage_bytes_used,
             bytes_free=agent.stage_bytes_free,
@@ -162,7 +177,7 @@ def _attached(now: float, session: str, hello: pb.Hello) -> e.Event:
         model=replica.model,
         policy=convert.policy_from(replica.policy),
         ranks=tuple((rank.index, rank.node_id, rank.pid) for rank in replica.ranks),
-        active=replica.active_digest.hex(),
+        active=_digest(replica.active_digest),
         identifying=replica.identifying,
         open_window=replica.open_window,
         engine=replica.engine,
@@ -206,17 +221,16 @@ def _report(who: tuple[float, str, str], report: pb.Report) -> e.Event | None:
     match report.WhichOneof("event"):
         case "stage_progress":
             progress = report.stage_progress
-            digest = progress.manifest_digest.hex()
+            digest = _digest(progress.manifest_digest)
             return e.StageProgressed(*who, update, digest, progress.bytes_done, progress.bytes_total)
         case "staged":
-            return e.Staged(*who, update, report.staged.manifest_digest.hex())
+            return e.Staged(*who, update, _digest(report.staged.manifest_digest))
         case "stage_failed":
             failed = report.stage_failed
-            return e.StageFailed(*who, update, failed.manifest_digest.hex(), failed.reason)
+            return e.StageFailed(*who, update, _digest(failed.manifest_digest), failed.reason)
         case "images_held":
             held = report.images_held
-            digests = frozenset(d.hex() for d in held.digests)
-            return e.HeldChanged(*who, digests, held.stage_bytes_used, held.stage_bytes_free)
+            return e.HeldChanged(*who, _digests(held.digests), held.stage_bytes_used, held.stage_bytes_free)
         case _:
             return _replica_report(who, ticket, report)
 
@@ -225,7 +239,7 @@ def _replica_report(who: tuple[float, str, str], ticket: Ticket, report: pb.Repo
     update = report.update_id
     match report.WhichOneof("event"):
         case "prepared":
-            return e.Prepared(*who, update, ticket, report.prepared.base_digest.hex())
+            return e.Prepared(*who, update, ticket, _digest(report.prepared.base_digest))
         case "prepare_failed":
             return e.PrepareFailed(*who, update, ticket, report.prepare_failed.reason)
         case "applied":
@@ -234,7 +248,7 @@ def _replica_report(who: tuple[float, str, str], ticket: Ticket, report: pb.Repo
                 *who,
                 update,
                 ticket,
-                applied.active_digest.hex(),
+                _digest(applied.active_digest),
                 convert.window_from(applied.window),
                 tuple(f.hex() for f in applied.fingerprints),
             )
@@ -245,7 +259,7 @@ def _replica_report(who: tuple[float, str, str], ticket: Ticket, report: pb.Repo
                 update,
                 ticket,
                 failed.reason,
-                failed.active_digest.hex(),
+                _digest(failed.active_digest),
                 torn=failed.failure == pb.APPLY_FAILURE_TORN,
                 window=convert.window_from(failed.window),
             )
@@ -253,7 +267,7 @@ def _replica_report(who: tuple[float, str, str], ticket: Ticket, report: pb.Repo
             changed = report.active_changed
             return e.ActiveChanged(
                 *who,
-                changed.active_digest.hex(),
+                _digest(changed.active_digest),
                 tuple(f.hex() for f in changed.fingerprints),
                 changed.note,
             )

@@ -50,7 +50,10 @@ class SqliteStore:
     async def _call(self, work: Callable[[sqlite3.Connection], R]) -> R:
         def run() -> R:
             assert self._connection is not None, "the store is not open"
-            return work(self._connection)
+            try:
+                return work(self._connection)
+            except sqlite3.Error as error:
+                raise StoreBroken(f"{self._path}: {error}") from error
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
@@ -114,7 +117,7 @@ class SqliteStore:
                 db.execute("ROLLBACK")
             if any(text in str(error) for text in _CLEANLY_REFUSED):
                 raise WriteRefused(f"{self._path}: {error}") from error
-            raise StoreBroken(f"{self._path}: {error}") from error
+            raise
 
     def _fill(self, db: sqlite3.Connection, batch: Batch) -> None:
         db.executemany("INSERT OR REPLACE INTO records VALUES (?, ?)", batch.puts.items())
@@ -166,9 +169,10 @@ class SqliteStore:
 
     async def close(self) -> None:
         def close() -> None:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+            assert self._connection is not None
+            self._connection.close()
+            self._connection = None
 
-        await asyncio.get_running_loop().run_in_executor(self._thread, close)
+        if self._connection is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, close)
         self._thread.shutdown(wait=True)
