@@ -61,6 +61,7 @@ class Session:
         self._incarnation = str(uuid.uuid4())
         self._outbox: deque[pb.SessionRequest] = deque(maxlen=REPORTS_MAX)
         self._wakes = asyncio.Event()
+        self._stream: object | None = None
         self._closed = False
         self._answered: dict[tuple[int, int], str] = {}
         self._task: asyncio.Task[None] | None = None
@@ -131,9 +132,10 @@ class Session:
 
     async def _one_stream(self) -> None:
         channel = open_channel(self._endpoint)
+        stream = self._stream = object()
         try:
             stub = rpc.WorkerServiceStub(channel)
-            call = stub.Session(self._requests())
+            call = stub.Session(self._requests(stream))
             first = await asyncio.wait_for(call.read(), WELCOME_DEADLINE_S)
             if first is grpc.aio.EOF or first.WhichOneof("message") != "welcome":
                 await call.code()
@@ -143,7 +145,16 @@ class Session:
             while (message := await call.read()) is not grpc.aio.EOF:
                 await self._ordered(message.order)
         finally:
+            # gRPC leaves the requests of a call that ended waiting: they would take the next stream's reports.
+            self._stream = None
+            self._wakes.set()
+            self._forget_answers()
             await channel.close()
+
+    def _forget_answers(self) -> None:
+        """An answer names its order by number only: on another stream it would be taken for a newer one's."""
+        for waiting in [message for message in self._outbox if message.HasField("answer")]:
+            self._outbox.remove(waiting)
 
     def _welcomed(self, welcome: pb.Welcome) -> bool:
         if welcome.cluster_id != self.cluster_id:
@@ -187,16 +198,21 @@ class Session:
         answer = pb.Answer(number=order.number, nonce=order.nonce, refusal=refusal)
         self._say(pb.SessionRequest(answer=answer))
 
-    async def _requests(self) -> AsyncIterator[pb.SessionRequest]:
+    async def _requests(self, stream: object) -> AsyncIterator[pb.SessionRequest]:
         hello = self._make_hello()
         hello.incarnation = self._incarnation
         hello.cluster_id = self.cluster_id
         hello.last_epoch = self.epoch
         hello.last_revision = self.revision
         yield pb.SessionRequest(hello=hello)
-        while True:
-            while self._outbox and self.connected:
-                yield self._outbox.popleft()
+        while self._stream is stream:
+            if self._outbox and self.connected:
+                message = self._outbox[0]
+                yield message
+                # Written by now, unless the stream is gone: then it waits for the next one.
+                if self._stream is stream and self._outbox and self._outbox[0] is message:
+                    self._outbox.popleft()
+                continue
             self._wakes.clear()
             beat = self.welcome.heartbeat_s if self.welcome is not None else WELCOME_DEADLINE_S
             try:
