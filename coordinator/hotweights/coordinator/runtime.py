@@ -63,6 +63,7 @@ class Runtime:
         self._started = (time.time(), time.monotonic())
         self._grown = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
         self.recent: deque[bytes] = deque(maxlen=RECENT_EVENTS)
         self.cluster_id = ""
         self.revision = 0
@@ -103,12 +104,19 @@ class Runtime:
             for _, payload in await self._store.events_from(first, RECENT_EVENTS):
                 self.recent.append(payload)
 
+    async def end_streams(self) -> None:
+        """Tells sessions and watches that the coordinator stops."""
+        self._stopping = True
+        self.hub.end_all("the coordinator stops")
+        async with self._grown:
+            self._grown.notify_all()
+
     async def stop(self) -> None:
         """Ends sessions, tells whoever waits and gives the store back.
 
         The batch under way may still become durable: its askers hear UNAVAILABLE, the outcome is unknown to them.
         """
-        self.hub.end_all("the coordinator stops")
+        await self.end_streams()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -140,12 +148,16 @@ class Runtime:
         return await self._store.events_from(revision, limit)
 
     async def grown_past(self, revision: int, timeout_s: float) -> bool:
-        """Waits until the log is longer than `revision`; False when it was not in time."""
+        """Waits until the log is longer than `revision`; False when it was not in time. Raises Refused at the end."""
         async with self._grown:
             try:
-                await asyncio.wait_for(self._grown.wait_for(lambda: self.revision > revision), timeout_s)
+                await asyncio.wait_for(
+                    self._grown.wait_for(lambda: self.revision > revision or self._stopping), timeout_s
+                )
             except asyncio.TimeoutError:
                 return False
+        if self._stopping:
+            raise _stopping()
         return True
 
     # The loop.

@@ -82,7 +82,7 @@ class Coordinator:
     async def stop(self) -> None:
         """Not serving, sessions told, calls given their grace, store closed."""
         await self._health.enter_graceful_shutdown()
-        self.runtime.hub.end_all("the coordinator stops")
+        await self.runtime.end_streams()
         await self._server.stop(self._config.stop_grace_s)
         await self.runtime.stop()
 

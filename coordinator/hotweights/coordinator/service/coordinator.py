@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 PAGE_DEADLINE_S = 60.0
 LIST_SIZE, LIST_SIZE_MAX = 100, 1000
+PAGE_TOKEN_LENGTH_MAX = 18
 WATCH_BATCH = 500
 WATCH_WAIT_S = 30.0
 STATUS_EVENTS, STATUS_EVENTS_MAX = 10, 100
@@ -280,6 +281,8 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
         self, request: pb.WatchEventsRequest, context: Context
     ) -> AsyncIterator[pb.WatchEventsResponse]:
         at = request.from_revision or self._runtime.revision + 1
+        # Who asked for what is new knows by this that nothing from now on is missed.
+        await context.send_initial_metadata(())
         while True:
             try:
                 entries = await self._runtime.events_from(at, WATCH_BATCH)
@@ -347,8 +350,8 @@ def _checked_manifest(header: pb.PublishHeader, blob: bytes) -> tuple[manifest_p
 
 def _page(items: Sequence[T], size: int, token: str) -> tuple[Sequence[T], str]:
     """A page of a list; the token is the place where the next one starts."""
-    if token and not (token.isascii() and token.isdigit()):
-        raise Declined("INVALID_ARGUMENT", "BAD_PAGE_TOKEN", f"{token!r} is no page token")
+    if token and not (token.isascii() and token.isdigit() and len(token) <= PAGE_TOKEN_LENGTH_MAX):
+        raise Declined("INVALID_ARGUMENT", "BAD_PAGE_TOKEN", f"{token[:40]!r} is no page token")
     start = int(token or 0)
     end = start + min(size or LIST_SIZE, LIST_SIZE_MAX)
     return items[start:end], str(end) if end < len(items) else ""

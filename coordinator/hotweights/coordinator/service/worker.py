@@ -42,20 +42,24 @@ class WorkerService(rpc.WorkerServiceServicer):
         session = str(uuid.uuid4())
         outlet = self._runtime.hub.open(session)
         member = ""
+        ended: Declined | Refused
         try:
             hello = await _hello(request_iterator)
             member = hello.agent.node_id or hello.replica.replica_id
             welcome = await self._attach(session, hello)
             await asyncio.wait_for(context.write(pb.SessionResponse(welcome=welcome)), WRITE_DEADLINE_S)
             await self._talk(session, member, outlet, request_iterator, context)
+            return
         except (Declined, Refused) as error:
-            await abort(context, error)
+            ended = error
         except asyncio.TimeoutError:
-            await abort(context, _late("an answer could not be written in time"))
+            ended = _late("an answer could not be written in time")
         finally:
             self._runtime.hub.close(session)
             if member:
                 await self._runtime.put(e.Left(self._runtime.now(), member, session))
+        # Last: to a client that does not read, even the status waits.
+        await abort(context, ended)
 
     async def _attach(self, session: str, hello: pb.Hello) -> pb.Welcome:
         event = _attached(self._runtime.now(), session, hello)
