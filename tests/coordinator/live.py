@@ -175,3 +175,15 @@ def replica_hello(
         fields["active_digest"] = digest_of(active)
     hello = worker_service_pb2.ReplicaHello(replica_id=replica, model=model, **fields)
     return worker_service_pb2.Hello(incarnation=life, replica=hello)
+
+
+async def until_event(live: Live, kind: fleet_pb2.EventKind) -> fleet_pb2.Event:
+    """The first event of that kind in the log, waited for."""
+    call = live.service.WatchEvents(pb.WatchEventsRequest(from_revision=1))
+    try:
+        while True:
+            for event in (await soon(call.read())).events:
+                if event.kind == kind:
+                    return event  # type: ignore[no-any-return]
+    finally:
+        call.cancel()

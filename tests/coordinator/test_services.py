@@ -21,6 +21,7 @@ from tests.coordinator.live import (
     replica_hello,
     running,
     soon,
+    until_event,
 )
 
 from hotweights.coordinator.config import Config
@@ -89,8 +90,7 @@ async def test_a_version_becomes_available_and_unavailable_with_its_holders(live
     (version,) = (await live.status()).versions
     assert (version.state, list(version.holder_node_ids)) == (model_pb2.VERSION_STATE_AVAILABLE, ["n1"])
     await agent.close()
-    (gone,) = await watched(live, 1, from_revision=live.coordinator.runtime.revision + 1)
-    assert gone.kind == fleet_pb2.EVENT_KIND_NODE_DETACHED
+    await until_event(live, fleet_pb2.EVENT_KIND_NODE_DETACHED)
     (version,) = (await live.status()).versions
     assert (version.state, list(version.holder_node_ids)) == (model_pb2.VERSION_STATE_UNAVAILABLE, [])
 

@@ -17,6 +17,7 @@ from tests.coordinator.live import (
     replica_hello,
     running,
     soon,
+    until_event,
 )
 
 from hotweights.coordinator.hub import ORDERS_MAX
@@ -34,18 +35,6 @@ from hotweights.wire.tokens import check_token
 async def live() -> AsyncIterator[Live]:
     async with running() as started:
         yield started
-
-
-async def until_event(live: Live, kind: fleet_pb2.EventKind) -> fleet_pb2.Event:
-    """The first event of that kind in the log, waited for."""
-    call = live.service.WatchEvents(pb.WatchEventsRequest(from_revision=1))
-    try:
-        while True:
-            for event in (await soon(call.read())).events:
-                if event.kind == kind:
-                    return event  # type: ignore[no-any-return]
-    finally:
-        call.cancel()
 
 
 async def test_a_welcome_says_all_that_a_member_needs_to_know(live: Live) -> None:

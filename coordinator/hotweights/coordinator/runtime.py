@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import anyio
 import grpc
 
 from hotweights.coordinator import ledger
@@ -150,12 +151,11 @@ class Runtime:
     async def grown_past(self, revision: int, timeout_s: float) -> bool:
         """Waits until the log is longer than `revision`; False when it was not in time. Raises Refused at the end."""
         async with self._grown:
-            try:
-                await asyncio.wait_for(
-                    self._grown.wait_for(lambda: self.revision > revision or self._stopping), timeout_s
-                )
-            except asyncio.TimeoutError:
-                return False
+            # Not asyncio.wait_for: up to Python 3.11 it loses a cancel that meets the end of the wait.
+            with anyio.move_on_after(timeout_s) as scope:
+                await self._grown.wait_for(lambda: self.revision > revision or self._stopping)
+        if scope.cancelled_caught:
+            return False
         if self._stopping:
             raise _stopping()
         return True

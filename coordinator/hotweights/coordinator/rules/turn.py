@@ -157,9 +157,14 @@ class Turn:
         return record.digest if record else ""
 
     def version_of(self, model: str, digest: str) -> str:
-        """The newest version with this content; empty when there is none."""
-        known = [v for v in self.versions.values() if v.model == model and v.digest == digest]
-        return max(known, key=lambda v: v.sequence).name if digest and known else ""
+        """The version with this content: the committed one, else the newest; empty when there is none."""
+        if not digest:
+            return ""
+        named = self.models.get(model)
+        if named is not None and self.digest_of(model, named.committed) == digest:
+            return named.committed
+        same = [v for v in self.versions.values() if v.model == model and v.digest == digest]
+        return max(same, key=lambda v: v.sequence).name if same else ""
 
     def holders(self, digest: str) -> list[Node]:
         return [n for n in self.nodes.values() if n.connected and digest in n.held]

@@ -10,6 +10,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Iterable
 
+import anyio
 import grpc
 
 from hotweights.coordinator.hub import Outlet
@@ -52,7 +53,7 @@ class WorkerService(rpc.WorkerServiceServicer):
             return
         except (Declined, Refused) as error:
             ended = error
-        except asyncio.TimeoutError:
+        except (TimeoutError, asyncio.TimeoutError):
             ended = _late("an answer could not be written in time")
         finally:
             self._runtime.hub.close(session)
@@ -115,7 +116,9 @@ class WorkerService(rpc.WorkerServiceServicer):
 async def _speak(outlet: Outlet, context: Context) -> None:
     while True:
         order = await outlet.queue.get()
-        await asyncio.wait_for(context.write(pb.SessionResponse(order=order)), WRITE_DEADLINE_S)
+        # Not asyncio.wait_for: up to Python 3.11 it loses a cancel that meets the end of the write.
+        with anyio.fail_after(WRITE_DEADLINE_S):
+            await context.write(pb.SessionResponse(order=order))
 
 
 async def _hello(requests: AsyncIterator[pb.SessionRequest]) -> pb.Hello:
