@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--prompt", action="append", required=True)
     arguments = parser.parse_args()
     os.environ.pop("HOTWEIGHTS_ENDPOINT", None)
+    # By default vLLM's CPU build takes a large share of the machine's memory for its cache.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
 
     llm = LLM(

@@ -252,7 +252,10 @@ async def test_a_refused_order_ends_what_it_was_part_of(live: Live, what: str) -
             stage = await agent.order("stage")
             await agent.report(stage, staged=wire_pb.Staged(manifest_digest=stage.stage.manifest_digest))
         order = await replica.order("prepare")
-    await replica.say(answer=wire_pb.Answer(number=order.number, nonce=order.nonce, refusal="busy"))
+    refused = wire_pb.Answer(
+        number=order.number, nonce=order.nonce, epoch=order.epoch, update_id=order.update_id, refusal="busy"
+    )
+    await replica.say(answer=refused)
     if what == "apply":
         back = await replica.order("apply")
         assert back.apply.restore
@@ -261,6 +264,32 @@ async def test_a_refused_order_ends_what_it_was_part_of(live: Live, what: str) -
     assert "refused: busy" in ended.message
     for wire in (agent, replica):
         await wire.close()
+
+
+async def test_a_node_that_refuses_its_pins_ends_no_update(live: Live) -> None:
+    agent = await Wire(live).hello(agent_hello("n1", "v1", "v2"))
+    for version in ("v1", "v2"):
+        await live.publish(version)
+    replica = await Wire(live).hello(replica_hello("r1", "v1"))
+    started = await soon(live.service.StartUpdate(pb.StartUpdateRequest(model="m", version="v2")))
+    pins = await agent.order("unpin")
+    refused = wire_pb.Answer(number=pins.number, nonce=pins.nonce, epoch=pins.epoch, refusal="not now")
+    await agent.say(answer=refused)
+    await agent.order("stage")
+    now = await soon(live.service.GetUpdate(pb.GetUpdateRequest(id=started.update.id)))
+    assert now.update.phase == update_pb2.UPDATE_PHASE_STAGING
+    for wire in (agent, replica):
+        await wire.close()
+
+
+async def test_a_member_of_another_cluster_is_refused_and_never_seated(live: Live) -> None:
+    hello = replica_hello("r1", "v1")
+    hello.cluster_id = "another"
+    with pytest.raises(Refused, match="HOTWEIGHTS_ADOPT_CLUSTER") as caught:
+        await Wire(live).hello(hello)
+    assert caught.value.reason == "OTHER_CLUSTER"
+    status = await soon(live.service.GetStatus(pb.GetStatusRequest()))
+    assert not status.replicas
 
 
 async def test_a_source_is_named_with_a_token_that_it_accepts(live: Live) -> None:

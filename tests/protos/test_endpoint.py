@@ -30,7 +30,7 @@ def test_it_is_read_and_written(text: str) -> None:
 BAD = {
     "": "port is missing",
     "host": "port is missing",
-    ":5555": "port is missing",
+    ":5555": "host is missing",
     "tcp://": "port is missing",
     "host:": "not a port",
     "host:x": "not a port",

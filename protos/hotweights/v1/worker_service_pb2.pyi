@@ -119,14 +119,18 @@ class Heartbeat(_message.Message):
     def __init__(self, last_revision: _Optional[int] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("number", "nonce", "refusal")
+    __slots__ = ("number", "nonce", "refusal", "update_id", "epoch")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     number: int
     nonce: int
     refusal: str
-    def __init__(self, number: _Optional[int] = ..., nonce: _Optional[int] = ..., refusal: _Optional[str] = ...) -> None: ...
+    update_id: str
+    epoch: int
+    def __init__(self, number: _Optional[int] = ..., nonce: _Optional[int] = ..., refusal: _Optional[str] = ..., update_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Order(_message.Message):
     __slots__ = ("number", "nonce", "epoch", "revision", "update_id", "stage", "unpin", "prepare", "apply", "end")

@@ -1,6 +1,6 @@
 """Endpoints as people write them, and the target and bind address that gRPC wants.
 
-    tcp://host:port   grpc://host:port   host:port   [::1]:port   unix:/path   unix:///path
+tcp://host:port   grpc://host:port   host:port   [::1]:port   unix:/path   unix:///path
 """
 
 import ipaddress
@@ -62,8 +62,10 @@ def parse_endpoint(text: str) -> Endpoint:
             raise BadEndpoint(text, f"unknown scheme {scheme!r}")
         rest = after
     host, separator, port = rest.rstrip("/").rpartition(":")
-    if not separator or not host:
+    if not separator:
         raise BadEndpoint(text, "the port is missing")
+    if not host:
+        raise BadEndpoint(text, "the host is missing")
     if host.startswith("[") != host.endswith("]") or (":" in host and host[0] != "["):
         raise BadEndpoint(text, "an IPv6 address goes in brackets")
     if not (port.isascii() and port.isdigit() and int(port) < 65536):

@@ -1,12 +1,13 @@
 """Errors as both sides know them: a gRPC status with google.rpc.ErrorInfo, and back.
 
-    server:  raise Refused(...)  ->  status + ErrorInfo(reason, domain, metadata)  ->  client: Refused
+server:  raise Refused(...)  ->  status + ErrorInfo(reason, domain, metadata)  ->  client: Refused
 """
 
 from collections.abc import Mapping
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "hotweights"
@@ -56,9 +57,7 @@ class Unreachable(HotweightsError):
 
 def to_metadata(refused: Refused) -> tuple[tuple[str, bytes], ...]:
     """Trailing metadata that carries the rich form of a refusal."""
-    info = error_details_pb2.ErrorInfo(
-        reason=refused.reason, domain=DOMAIN, metadata=dict(refused.fields)
-    )
+    info = error_details_pb2.ErrorInfo(reason=refused.reason, domain=DOMAIN, metadata=dict(refused.fields))
     detail = any_pb2.Any()
     detail.Pack(info)
     code: int = refused.code.value[0]
@@ -73,7 +72,10 @@ def from_rpc_error(error: grpc.aio.AioRpcError, what: str) -> HotweightsError:
         return Unreachable(what, text)
     for key, value in error.trailing_metadata() or ():
         if key == _DETAILS_KEY and isinstance(value, bytes):
-            status = status_pb2.Status.FromString(value)
+            try:
+                status = status_pb2.Status.FromString(value)
+            except DecodeError:
+                break  # not ours, or garbled on the way: the plain status still says what happened
             for detail in status.details:
                 info = error_details_pb2.ErrorInfo()
                 if detail.Unpack(info) and info.domain == DOMAIN:

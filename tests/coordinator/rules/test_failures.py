@@ -377,6 +377,8 @@ def test_a_node_without_an_agent_fails_its_replicas() -> None:
     bench.wait(30)
     bench.start("v2")
     bench.wait(5)
+    assert bench.phase() is Phase.STAGING  # an agent that was never seen has a lease to attach
+    bench.wait(15)
     assert bench.phase() is Phase.ABORTED
     assert "no agent on node n9" in bench.update.reason
 

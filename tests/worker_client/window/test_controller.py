@@ -73,6 +73,27 @@ async def bench() -> AsyncIterator[Bench]:
     assert bench.agent.closed
 
 
+async def test_until_it_knows_what_is_served_it_says_that_it_is_finding_out() -> None:
+    stream, answer = FakeStream(), asyncio.Event()
+
+    async def connect() -> Images:
+        await answer.wait()
+        agent = FakeAgent()
+        agent.held = {V1}
+        return agent
+
+    controller = ReplicaController(Identity("r1", "n1"), FakeEngine(), connect, stream.open)
+    running = asyncio.ensure_future(controller.run())
+    await until(lambda: stream.hello is not None)
+    assert stream.hello is not None
+    assert stream.hello().replica.identifying
+    answer.set()
+    assert (await stream.take()).active_changed.active_digest == V1
+    assert not stream.hello().replica.identifying
+    controller.close()
+    await asyncio.wait_for(running, 5)
+
+
 async def test_at_start_it_says_what_the_engine_was_started_on(bench: Bench) -> None:
     assert bench.stream.hello is not None
     hello = bench.stream.hello().replica

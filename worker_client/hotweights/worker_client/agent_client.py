@@ -304,9 +304,14 @@ def _no_agent(config: Config) -> Refused:
     )
 
 
+def _one_name(endpoint: str) -> str:
+    """This machine has two names that people mix."""
+    return endpoint.replace("//localhost:", "//127.0.0.1:")
+
+
 def _check_coordinator(config: Config, status: pb.GetAgentStatusResponse) -> None:
     ours = str(config.endpoint) if config.endpoint is not None else ""
-    if ours and ours != status.coordinator_endpoint:
+    if ours and _one_name(ours) != _one_name(status.coordinator_endpoint):
         follows = status.coordinator_endpoint or "no coordinator"
         raise Refused(
             grpc.StatusCode.FAILED_PRECONDITION,

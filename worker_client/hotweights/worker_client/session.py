@@ -195,13 +195,16 @@ class Session:
             while len(self._answered) > ANSWERED_MAX:
                 self._answered.pop(next(iter(self._answered)))
         self.revision = max(self.revision, order.revision)
-        answer = pb.Answer(number=order.number, nonce=order.nonce, refusal=refusal)
+        answer = pb.Answer(
+            number=order.number, nonce=order.nonce, refusal=refusal, update_id=order.update_id, epoch=order.epoch
+        )
         self._say(pb.SessionRequest(answer=answer))
 
     async def _requests(self, stream: object) -> AsyncIterator[pb.SessionRequest]:
         hello = self._make_hello()
         hello.incarnation = self._incarnation
-        hello.cluster_id = self.cluster_id
+        # Whoever follows any cluster claims to know none: the coordinator refuses members of another.
+        hello.cluster_id = "" if self._adopt_cluster else self.cluster_id
         hello.last_epoch = self.epoch
         hello.last_revision = self.revision
         yield pb.SessionRequest(hello=hello)

@@ -16,7 +16,7 @@ from hotweights.coordinator.rules.records import (
 )
 from hotweights.coordinator.rules.state import Node, Seat
 from hotweights.coordinator.rules.turn import Turn
-from hotweights.coordinator.rules.update import fail_member
+from hotweights.coordinator.rules.update import effort_of, fail_member
 
 
 def agent_attached(turn: Turn, event: e.AgentAttached) -> None:
@@ -148,7 +148,19 @@ def _compare_applying(turn: Turn, update: UpdateRecord, member: Member, seat: Se
         turn.put_member(update.id, replace(member, outcome=Outcome.APPLIED))
     elif new_life and turn.now > turn.led_at + turn.limits.lease_s:
         fail_member(turn, update.id, seat.id, "restarted during its window")
-    # Else its report may still come; the deadline of its GO stands.
+    else:
+        _expect_soon(turn, update, seat.id)
+
+
+def _expect_soon(turn: Turn, update: UpdateRecord, replica: str) -> None:
+    """It is back with no window open: its report is on the way, or GO never reached it.
+
+    A GO that is still queued there begins within its validity or expires, so nothing later is waited for.
+    """
+    effort = effort_of(turn, update)
+    soon = turn.now + turn.limits.go_validity_s + turn.limits.report_margin_s
+    due = min(soon, effort.due.get(replica, soon))
+    turn.efforts.put(update.id, replace(effort, due={**effort.due, replica: due}))
 
 
 def _forget_asked(turn: Turn, update: UpdateRecord, node: str) -> None:
@@ -387,6 +399,7 @@ def applied(turn: Turn, seat: Seat, event: e.Applied) -> None:
         replace(
             turn.seats[seat.id],
             active=event.active,
+            identifying=False,
             fingerprints=event.fingerprints,
             window=event.window,
             open_window="",

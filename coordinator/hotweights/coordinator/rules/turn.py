@@ -178,10 +178,11 @@ class Turn:
             return True
         return not seat.connected and self.now >= seat.lease_until
 
-    def node_lost(self, node_id: str) -> bool:
+    def node_lost(self, node_id: str, since: float) -> bool:
+        """Without an agent for a whole lease; one never seen has a lease from `since` on to attach."""
         node = self.nodes.get(node_id)
         if node is None:
-            return self.now >= self.led_at + self.limits.lease_s
+            return self.now >= max(self.led_at, since) + self.limits.lease_s
         return not node.connected and self.now >= node.lease_until
 
     # Changing.

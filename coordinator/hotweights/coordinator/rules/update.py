@@ -139,7 +139,7 @@ def _stage_nodes(turn: Turn, update_id: str, member: Member) -> bool:
     wanted = [d for d in dict.fromkeys((update.target_digest, member.base)) if d]
     asked, complete = set(effort.asked), True
     for node_id in member.nodes:
-        if turn.node_lost(node_id):
+        if turn.node_lost(node_id, update.started_at):
             fail_member(turn, update_id, member.replica, f"no agent on node {node_id}")
             return False
         node = turn.nodes.get(node_id)

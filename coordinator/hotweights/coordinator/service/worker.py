@@ -63,6 +63,8 @@ class WorkerService(rpc.WorkerServiceServicer):
         await abort(context, ended)
 
     async def _attach(self, session: str, hello: pb.Hello) -> pb.Welcome:
+        if hello.cluster_id not in ("", self._runtime.cluster_id):
+            raise _other_cluster(hello.cluster_id, self._runtime.cluster_id)
         event = _attached(self._runtime.now(), session, hello)
 
         def answer(state: State) -> bytes:
@@ -106,7 +108,6 @@ class WorkerService(rpc.WorkerServiceServicer):
             raise Refused(grpc.StatusCode.UNAVAILABLE, "SESSION_ENDED", outlet.reason)
 
     async def _hear(self, session: str, member: str, requests: AsyncIterator[pb.SessionRequest]) -> None:
-        # Tickets of orders that were refused: an answer names only number and nonce.
         async for request in requests:
             event = _event(self._runtime, session, member, request)
             if event is not None:
@@ -138,6 +139,16 @@ async def _hello(requests: AsyncIterator[pb.SessionRequest]) -> pb.Hello:
 
 def _bad_hello(message: str) -> Refused:
     return Refused(grpc.StatusCode.INVALID_ARGUMENT, "BAD_HELLO", message)
+
+
+def _other_cluster(known: str, ours: str) -> Refused:
+    """Epochs compare only within a cluster, so a member must not slip from one to another."""
+    return Refused(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "OTHER_CLUSTER",
+        f"this coordinator is of cluster {ours}, not {known}: its store was replaced; restart the member, "
+        "or set HOTWEIGHTS_ADOPT_CLUSTER=1",
+    )
 
 
 def _late(message: str) -> Refused:
@@ -196,31 +207,14 @@ def _event(runtime: Runtime, session: str, member: str, request: pb.SessionReque
     who = (runtime.now(), member, session)
     match request.WhichOneof("message"):
         case "answer" if request.answer.refusal:
-            # Numbers are unique within an epoch, and a NACK answers an order of this session.
-            ticket = Ticket(runtime.state.epoch, request.answer.number)
-            update = _update_of(runtime.state, ticket, member)
-            return e.OrderRefused(*who, update, ticket, request.answer.refusal)
+            answer = request.answer
+            return e.OrderRefused(*who, answer.update_id, Ticket(answer.epoch, answer.number), answer.refusal)
         case "report":
             return _report(who, request.report)
         case "heartbeat" | "answer":
             return e.Beat(*who)
         case _:
             return None
-
-
-def _update_of(state: State, ticket: Ticket, member: str) -> str:
-    """The open update an order belonged to; a Stage order's is any that waits for the node."""
-    for update in state.updates.values():
-        if not update.phase.is_open:
-            continue
-        seated = update.members.get(member)
-        effort = state.efforts.get(update.id)
-        asked = effort is not None and effort.preparing.get(member) == ticket
-        if asked or (seated is not None and seated.ticket == ticket):
-            return update.id
-        if effort is not None and any(node == member for node, _ in effort.asked):
-            return update.id
-    return ""
 
 
 def _report(who: tuple[float, str, str], report: pb.Report) -> e.Event | None:

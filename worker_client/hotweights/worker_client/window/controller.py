@@ -148,6 +148,7 @@ class ReplicaController:
         self._open_window = ""
         self._closing = asyncio.Event()
         self.model = identity.model
+        self._identified = False
         self.active_digest = b""
         self.active_version = ""
         self.fingerprints: tuple[bytes, ...] = ()
@@ -215,6 +216,7 @@ class ReplicaController:
             engine=self._engine.facts.name,
             open_window=self._open_window,
             fingerprints=self.fingerprints,
+            identifying=not self._identified and not self.active_digest,
         )
         return pb.Hello(replica=replica)
 
@@ -228,6 +230,7 @@ class ReplicaController:
         if self._engine.facts.folder:
             digest, note = await self._ask_until_answered(Path(self._engine.facts.folder))
         proof = await self._fingerprint()
+        self._identified = True
         if self.active_digest or self._open_window or self._kept is not None:
             return  # a window was opened meanwhile, and that one knows
         self.active_digest, self.fingerprints = digest, proof

@@ -1,0 +1,178 @@
+"""A whole fleet on one machine: coordinator, agent and an OpenAI server, as processes of their own."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+EXAMPLES = HERE.parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from live_processes import answers, free_port  # noqa: E402
+from oracle import MAX_TOKENS  # noqa: E402
+
+ENGINE_DEADLINE_S = 280.0
+WAIT_S = 60.0
+MODEL = "walk"
+REPLICA = "engine-1"
+PROMPTS = [f"t{n} t{n + 9} t{2 * n}" for n in range(5, 245, 5)]
+PROMPTS_CHECKED = 3
+
+
+def wait_for(what: str, probe: Callable[[], Any], deadline_s: float = WAIT_S) -> Any:
+    """The first true answer of a probe."""
+    ends = time.monotonic() + deadline_s
+    while time.monotonic() < ends:
+        if value := probe():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"{what}: not within {deadline_s:.0f} s")
+
+
+class Fleet:
+    """What a test drives; every process is ended by its id."""
+
+    def __init__(self, folder: Path, checkpoint: Path) -> None:
+        self.folder = folder
+        self.checkpoint = checkpoint
+        self.coordinator_port, self.api_port = free_port(), free_port()
+        self.endpoint = f"tcp://127.0.0.1:{self.coordinator_port}"
+        self.url = f"http://127.0.0.1:{self.api_port}"
+        self.stage = Path("/dev/shm") / f"hotweights-test-{os.getpid()}"
+        self.prompts: list[str] = []
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self.environment = {
+            **os.environ,
+            "HOTWEIGHTS_ENDPOINT": self.endpoint,
+            "HOTWEIGHTS_MODEL": MODEL,
+            "HOTWEIGHTS_REPLICA": REPLICA,
+            "HOTWEIGHTS_NODE": "node-1",
+            "HOTWEIGHTS_STAGE_DIR": str(self.stage),
+            "HOTWEIGHTS_AGENT_SOCKET": str(self.stage / "agent.sock"),
+            "HOTWEIGHTS_BUCKET_BYTES": "65536",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_SERVER_DEV_MODE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH", "")))),
+        }
+
+    def start(self, name: str, arguments: Sequence[str]) -> None:
+        log = (self.folder / f"{name}.log").open("ab")
+        self._running[name] = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=self.environment,
+            start_new_session=True,
+        )
+        log.close()
+
+    def start_coordinator(self) -> None:
+        store = f"sqlite:{self.folder / 'coordinator.db'}"
+        self.start("coordinator", ["hotweights.cli", "coord-serve", "--endpoint", self.endpoint, "--store", store])
+        wait_for("the coordinator", self._coordinator_answers)
+
+    def _coordinator_answers(self) -> bool:
+        return self.command("coord-status", "--json").returncode == 0
+
+    def start_agent(self) -> None:
+        self.start("agent", ["hotweights.cli", "agent"])
+        wait_for("the agent", lambda: any(n.get("connected") for n in self.status().get("nodes", [])))
+
+    def start_engine(self) -> None:
+        # fmt: off
+        self.start("engine", [
+            "vllm.entrypoints.openai.api_server", "--model", str(self.checkpoint), "--served-model-name", MODEL,
+            "--host", "127.0.0.1", "--port", str(self.api_port), "--dtype", "bfloat16", "--enforce-eager",
+            "--max-model-len", "256", "--worker-extension-cls", "failpoints_by_http.FailpointsByHttp",
+        ])
+        # fmt: on
+        wait_for("the engine", self._engine_answers, ENGINE_DEADLINE_S)
+        wait_for("the replica", lambda: self.replica().get("active_digest"))
+
+    def _engine_answers(self) -> bool:
+        assert self._running["engine"].poll() is None, (self.folder / "engine.log").read_text()[-4000:]
+        return answers(f"{self.url}/health")
+
+    def kill(self, name: str) -> None:
+        """SIGKILL, as a machine or the kernel's memory killer does it."""
+        process = self._running.pop(name)
+        process.kill()
+        process.wait(WAIT_S)
+
+    def close(self) -> None:
+        for process in self._running.values():
+            process.terminate()
+        for process in self._running.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(WAIT_S)
+
+    # Asking.
+
+    def command(self, *arguments: str, deadline_s: float = WAIT_S) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", "hotweights.cli", *arguments],
+            capture_output=True,
+            text=True,
+            env=self.environment,
+            timeout=deadline_s,
+            check=False,
+        )
+
+    def json(self, *arguments: str) -> Any:
+        done = self.command(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def status(self) -> Any:
+        return self.json("coord-status")
+
+    def replica(self) -> Any:
+        return next((r for r in self.status().get("replicas", []) if r["id"] == REPLICA), {})
+
+    def last_update(self) -> Any:
+        updates = self.json("coord-status").get("updates", [])
+        return max(updates, key=lambda update: update["started_at"])
+
+    def wait_for_phase(self, update_id: str, phase: str) -> Any:
+        def reached() -> Any:
+            update = next((u for u in self.status()["updates"] if u["id"] == update_id), None)
+            return update if update and update["phase"] == f"UPDATE_PHASE_{phase}" else None
+
+        return wait_for(f"{update_id} in {phase}", reached)
+
+    def inject(self, failpoints: str) -> None:
+        """Sets failpoints in the worker, between two windows."""
+        body = json.dumps({"method": "inject_failpoints", "args": [failpoints]}).encode()
+        request = urllib.request.Request(
+            f"{self.url}/collective_rpc", data=body, headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=WAIT_S) as response:
+            assert response.status == 200
+
+    def outputs(self) -> list[str]:
+        """Greedy outputs of the serving engine."""
+        return [self._complete(prompt) for prompt in self.prompts]
+
+    def _complete(self, prompt: str) -> str:
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=WAIT_S) as response:
+            text: str = json.loads(response.read())["choices"][0]["text"]
+            return text
