@@ -36,7 +36,7 @@ def fingerprints(llm: Any) -> list[str]:
 
 def margin(steps: Any) -> float:
     """Of the closest decision of an output."""
-    return min(abs(a.logprob - b.logprob) for a, b in ([*step.values()][:2] for step in steps))
+    return min(float(abs(a.logprob - b.logprob)) for a, b in ([*step.values()][:2] for step in steps))
 
 
 def clear_prompts(prompts: Sequence[str], oracles: Sequence[Any], wanted: int) -> list[str]:

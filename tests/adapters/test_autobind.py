@@ -12,13 +12,14 @@ from typing import Any
 
 import grpc
 import pytest
+from tests.agents import end_agent
 from tests.models import make_checkpoint
 
 from hotweights.adapters import vllm_auto
 from hotweights.v1 import model_pb2
 from hotweights.v1 import worker_service_pb2 as pb
 from hotweights.v1 import worker_service_pb2_grpc as rpc
-from hotweights.worker_client.config import BadSetting
+from hotweights.worker_client.config import BadSetting, load_config
 
 START_DEADLINE_S = 240.0
 STOP_DEADLINE_S = 60.0
@@ -118,6 +119,7 @@ async def test_a_server_with_the_endpoint_set_registers_itself_and_stops_when_to
         if server.returncode is None:
             server.kill()
             await server.wait()
+        await asyncio.to_thread(end_agent, load_config(environment(tmp_path)))
 
 
 @pytest.mark.vllm
@@ -151,6 +153,7 @@ async def test_install_autobind_asks_for_policy_auto_and_sets_the_handle(
         if program.returncode is None:
             program.kill()
             await program.wait()
+        await asyncio.to_thread(end_agent, load_config(environment(tmp_path)))
 
 
 def test_without_a_coordinator_the_plugin_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

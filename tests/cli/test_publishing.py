@@ -1,14 +1,12 @@
 """From a folder to a version, through a real agent."""
 
-import asyncio
 import os
 import shutil
-import signal
 import subprocess
-import time
 from pathlib import Path
 
-from hotweights.worker_client.agent_client import AgentClient
+from tests.agents import end_agent
+
 from hotweights.worker_client.config import load_config
 
 from .processes import COMMAND, DEADLINE_S, Node, Serving, start_coordinator, stop
@@ -122,22 +120,5 @@ def test_the_first_publisher_starts_the_agent_and_hears_when_it_follows_another_
         assert done.returncode == 1
         assert f"follows {other.endpoint}, not {serving.endpoint}" in done.stderr
     finally:
-        _end_agent(node)
+        end_agent(load_config(node.environment()))
         assert stop(other.process) == 0
-
-
-def _end_agent(node: Node) -> None:
-    """By its id: it is nobody's child."""
-    config = load_config(node.environment())
-
-    async def find() -> int:
-        client = AgentClient(config)
-        try:
-            return (await client.probe()).pid
-        finally:
-            await client.close()
-
-    os.kill(asyncio.run(find()), signal.SIGTERM)
-    ends_at = time.monotonic() + DEADLINE_S
-    while config.agent_socket.exists() and time.monotonic() < ends_at:
-        time.sleep(0.05)
