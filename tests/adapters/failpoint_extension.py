@@ -1,14 +1,64 @@
-"""A user's own worker extension: lets a test set failpoints in the worker's process."""
+"""A user's own worker extension: lets a test set failpoints and spoil things in the worker's process."""
 
 import os
 from typing import Any
 
 from hotweights.adapters.vllm_extension import HotweightsWorkerExtension
 
+if os.environ.get("TEST_PLAIN_LINEAR"):
+    # As on a CPU without AVX-512: linear layers keep their weights, nothing is packed.
+    import vllm._custom_ops
+
+    vllm._custom_ops._supports_onednn = False
+
 
 class FailpointExtension(HotweightsWorkerExtension):
-    """Beside the `hotweights_*` methods: one of its own."""
+    """Beside the `hotweights_*` methods: some of its own."""
 
     def inject_failpoints(self, text: str) -> dict[str, Any]:
         os.environ["HOTWEIGHTS_FAILPOINTS"] = text
         return {}
+
+    def inject_route(self, name: str) -> dict[str, Any]:
+        os.environ["HOTWEIGHTS_ROUTE"] = name
+        return {}
+
+    def inject_friend(self, there: bool) -> dict[str, Any]:
+        """A module reached by an attribute that is no child: nothing says where a loader may walk to."""
+        layers = list(self.model_runner.get_model().modules())
+        if there:
+            layers[-1].__dict__["friends"] = [layers[1]]
+        else:
+            del layers[-1].__dict__["friends"]
+        return {}
+
+    def spoil_assembled(self, packed: bool) -> dict[str, Any]:
+        """Changes one thing that was assembled, after it was fingerprinted."""
+        from hotweights.adapters.shadow import Attribute, Bytes
+
+        writes = self._hotweights_rank._update.route._writes
+        kind = Attribute if packed else Bytes
+        at = next(at for at, write in enumerate(writes) if isinstance(write, kind))
+        if packed:
+            del writes[at]
+        else:
+            writes[at].new.data.view(-1)[0] += 1
+        return {}
+
+    def packed_layer_count(self) -> int:
+        from hotweights.adapters.fingerprint import packed_layers
+
+        return len(list(packed_layers(self.model_runner.get_model())))
+
+    def shadow_is_gone(self) -> bool:
+        """Whether nothing of an assembled model is left: no modules, no entries in the reload's books."""
+        import gc
+
+        import torch
+        from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+        gc.collect()
+        live = set(self.model_runner.get_model().modules())
+        kinds = {type(layer) for layer in live}
+        modules = [thing for thing in gc.get_objects() if isinstance(thing, torch.nn.Module) and type(thing) in kinds]
+        return set(modules) <= live and set(LAYERWISE_INFO) <= live

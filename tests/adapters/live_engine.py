@@ -58,7 +58,12 @@ class LiveEngine:
         return dict(answer)
 
     def inject(self, failpoints: str) -> None:
-        self.call(self.llm.collective_rpc("inject_failpoints", args=(failpoints,)))
+        self.extension("inject_failpoints", failpoints)
+
+    def extension(self, method: str, *args: Any) -> Any:
+        """What a method of the test's own extension answers."""
+        (answer,) = self.call(self.llm.collective_rpc(method, args=args))
+        return answer
 
     async def stream(self, prompt: str, count: int) -> AsyncIterator[list[int]]:
         """Greedy tokens as they come; use on the engine's loop."""

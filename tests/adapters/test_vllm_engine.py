@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from tests.models import make_checkpoint
 
-from .live_engine import LiveEngine, Oracle, fresh_oracle
+from .live_engine import PROMPTS, LiveEngine, Oracle, fresh_oracle
+from .swaps import ROUTES, check_every_failure, check_there_and_back, prepare
 
 pytestmark = [
     pytest.mark.vllm,
@@ -24,8 +25,6 @@ pytestmark = [
     # vLLM's and its dependencies' own warnings are not ours to mend.
     pytest.mark.filterwarnings("ignore"),
 ]
-
-PREPARE_DEADLINE_S = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -67,57 +66,101 @@ def image(folders: dict[str, Path], tmp_path: Path) -> Callable[[Callable[[dict[
     return make
 
 
-def prepare(engine: LiveEngine, folder: Path, name_map: dict[str, str] | None = None) -> dict[str, Any]:
-    """The answer that ends the preparation: done, or why not."""
-    begun = engine.rpc("prepare", str(folder), name_map or {})
-    assert begun["ok"], begun
-    ends = time.monotonic() + PREPARE_DEADLINE_S
-    while time.monotonic() < ends:
-        answer = engine.rpc("prepared")
-        if not answer["ok"] or answer["done"]:
-            return answer
-        time.sleep(0.01)
-    raise TimeoutError("preparing")
+@pytest.fixture(params=ROUTES)
+def route(request: pytest.FixtureRequest, engine: LiveEngine) -> Iterator[str]:
+    engine.extension("inject_route", request.param)
+    yield request.param
+    engine.extension("inject_route", "auto")
 
 
 def test_a_swap_equals_a_fresh_engine_in_outputs_and_fingerprint_and_so_does_its_undo(
-    engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle
+    engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle, route: str
 ) -> None:
     assert v1.tokens != v2.tokens
-    assert prepare(engine, folders["v2"])["fingerprint"] == v1.fingerprint
-    applied = engine.rpc("apply", str(folders["v2"]))
-    assert applied["ok"], applied
-    assert applied["fingerprint"] == v2.fingerprint
-    engine.call(engine.llm.reset_prefix_cache())
-    assert engine.tokens() == v2.tokens
-    undone = engine.rpc("undo")
-    assert undone["ok"], undone
-    engine.call(engine.llm.reset_prefix_cache())
-    assert engine.oracle() == v1
+    check_there_and_back(engine, folders["v2"], v1, v2, route)
+
+
+def test_a_failure_after_every_kth_write_is_undone_and_a_good_apply_follows(
+    engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle, route: str
+) -> None:
+    # On the one route the checkpoint's 21 tensors; on the other what differs: both embeddings, and the packed layers
+    # or, where nothing is packed, the weights of the eight linear ones.
+    writes = {"reload": 21, "assembled": 2 + (engine.extension("packed_layer_count") or 8)}[route]
+    assert check_every_failure(engine, folders["v2"], v1, v2) == writes + 1
+
+
+def test_the_default_is_to_assemble(engine: LiveEngine, folders: dict[str, Path], v1: Oracle) -> None:
+    assert prepare(engine, folders["v2"])["ok"]
+    assert engine.rpc("apply", str(folders["v2"]))["route"] == "assembled"
+    assert engine.rpc("undo")["fingerprint"] == v1.fingerprint
     assert engine.rpc("release")["ok"]
 
 
-def test_a_failure_after_every_kth_tensor_is_undone_and_a_good_apply_follows(
+def test_the_engine_serves_unchanged_while_an_update_is_assembled(
+    engine: LiveEngine, folders: dict[str, Path], v1: Oracle
+) -> None:
+    """Tokens flow and are the old version's until the apply, and after a preparation that is never applied."""
+    expected = engine.call(engine.answer(PROMPTS[0], 400))
+    for _ in range(3):
+        running = engine.submit(engine.answer(PROMPTS[0], 400))
+        answer = prepare(engine, folders["v2"])
+        assert not running.done()
+        assert answer["fingerprint"] == v1.fingerprint
+        assert running.result(60) == expected
+        assert engine.oracle() == v1
+        assert engine.rpc("release")["ok"]
+        assert engine.oracle() == v1
+
+
+def test_nothing_of_the_shadow_stays(engine: LiveEngine, folders: dict[str, Path], v1: Oracle) -> None:
+    assert prepare(engine, folders["v2"])["ok"]
+    assert not engine.extension("shadow_is_gone")
+    assert engine.rpc("apply", str(folders["v2"]))["ok"]
+    ends = time.monotonic() + 10
+    while not engine.extension("shadow_is_gone"):
+        assert time.monotonic() < ends
+        time.sleep(0.2)
+    assert engine.rpc("undo")["fingerprint"] == v1.fingerprint
+    assert "prepare it again" in engine.rpc("apply", str(folders["v2"]))["reason"]
+    assert prepare(engine, folders["v2"])["ok"]
+    assert engine.rpc("release")["ok"]
+    assert engine.extension("shadow_is_gone")
+
+
+def test_a_model_that_is_not_understood_is_reloaded_or_refused_by_name(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle
 ) -> None:
-    folder = folders["v2"]
-    count = prepare(engine, folder)["tensors"]
-    for k in range(count + 1):
-        assert prepare(engine, folder)["ok"]
-        engine.inject(f"apply.tensor={k}:raise")
-        failed = engine.rpc("apply", str(folder))
-        engine.inject("")
-        assert (failed["ok"], "Injected" in failed["reason"]) == (False, True), (k, failed)
-        undone = engine.rpc("undo")
-        assert undone["ok"], (k, undone)
-        engine.call(engine.llm.reset_prefix_cache())
-        assert engine.tokens() == v1.tokens, k
-        assert engine.rpc("apply", str(folder)).get("fingerprint") == v2.fingerprint, k
-        engine.call(engine.llm.reset_prefix_cache())
-        assert engine.tokens() == v2.tokens, k
-        assert engine.rpc("undo").get("fingerprint") == v1.fingerprint, k
-    engine.call(engine.llm.reset_prefix_cache())
+    engine.extension("inject_friend", True)
+    try:
+        assert prepare(engine, folders["v2"])["ok"]
+        applied = engine.rpc("apply", str(folders["v2"]))
+        assert (applied["route"], applied["fingerprint"]) == ("reload", v2.fingerprint)
+        assert engine.rpc("undo")["fingerprint"] == v1.fingerprint
+        assert engine.rpc("release")["ok"]
+        engine.extension("inject_route", "assembled")
+        refused = prepare(engine, folders["v2"])
+        assert not refused["ok"]
+        assert "friends" in refused["reason"]
+    finally:
+        engine.extension("inject_route", "auto")
+        engine.extension("inject_friend", False)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["bytes", "packed"])
+def test_what_is_not_what_was_assembled_is_a_failure_and_is_undone(
+    engine: LiveEngine, folders: dict[str, Path], v1: Oracle, packed: bool
+) -> None:
+    if packed and not engine.extension("packed_layer_count"):
+        pytest.skip("this processor packs nothing")
+    assert prepare(engine, folders["v2"])["ok"]
+    engine.extension("spoil_assembled", packed)
+    failed = engine.rpc("apply", str(folders["v2"]))
+    assert not failed["ok"]
+    assert "NotProven" in failed["reason"]
+    assert engine.rpc("undo")["fingerprint"] == v1.fingerprint
     assert engine.rpc("release")["ok"]
+    engine.call(engine.llm.reset_prefix_cache())
+    assert engine.oracle() == v1
 
 
 NORM = "model.norm.weight"

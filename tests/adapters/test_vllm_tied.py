@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.adapters.live_engine import LiveEngine, fresh_oracle
-from tests.adapters.test_vllm_engine import prepare
+from tests.adapters.swaps import ROUTES, check_there_and_back
 from tests.models import make_checkpoint
 
 
@@ -20,16 +20,12 @@ from tests.models import make_checkpoint
 @pytest.mark.filterwarnings("ignore")
 def test_a_tied_head_is_swapped_and_undone_too(tmp_path: Path) -> None:
     one, two = (make_checkpoint(tmp_path / f"v{seed}", seed, tied=True) for seed in (1, 2))
-    expected = fresh_oracle(two)
+    after = fresh_oracle(two)
     engine = LiveEngine(one)
     try:
         before = engine.oracle()
-        assert prepare(engine, two)["ok"]
-        assert engine.rpc("apply", str(two))["fingerprint"] == expected.fingerprint
-        engine.call(engine.llm.reset_prefix_cache())
-        assert engine.oracle() == expected
-        assert engine.rpc("undo")["ok"]
-        engine.call(engine.llm.reset_prefix_cache())
-        assert engine.oracle() == before
+        for route in ROUTES:
+            engine.extension("inject_route", route)
+            check_there_and_back(engine, two, before, after, route)
     finally:
         engine.close()

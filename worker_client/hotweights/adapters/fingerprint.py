@@ -107,6 +107,14 @@ class Probe:
             if _linear(layer) is not before and not self._is_asked(name, layer):
                 self._ask(name, layer, width)
 
+    def adopt(self, other: "Probe") -> None:
+        """Takes over what the same functions answered to another probe, of the model they were packed in.
+
+        Packed memory is written once, by whoever packs it: a layer that got the very function that was asked
+        answers as that did. Layers with any other function are still asked here.
+        """
+        self._asked.update(other._asked)
+
     def digest(self) -> bytes:
         """Of the answers; layers that were packed again since they were asked are asked again."""
         self.run(float("inf"))
@@ -129,6 +137,21 @@ class Probe:
             pattern = steps.to(torch.float64) / (1 << 31) - 1.0
             self._inputs[width] = pattern.reshape(PROBE_ROWS, width).to(self._dtype)
         return self._inputs[width]
+
+
+class Proof:
+    """A fingerprint in the making: the digest of the tensors is there, the probe goes on in slices."""
+
+    def __init__(self, digest: bytes, probe: Probe) -> None:
+        self.probe = probe
+        self._digest = digest
+        self.fingerprint = b""
+
+    def run(self, budget_s: float) -> bool:
+        """Goes on for about `budget_s`; True when the fingerprint is known."""
+        if not self.fingerprint and self.probe.run(budget_s):
+            self.fingerprint = combine(self._digest, self.probe)
+        return bool(self.fingerprint)
 
 
 def _linear(layer: torch.nn.Module) -> Any:

@@ -7,12 +7,13 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 class NotEnoughMemory(Exception):
-    """The copies for the way back do not fit."""
+    """What an update must hold beside the model does not fit."""
 
-    def __init__(self, needed: int, available: int) -> None:
+    def __init__(self, purpose: str, needed: int, available: int) -> None:
         super().__init__(
-            f"the way back needs {needed >> 20} MiB of host memory on this node, {available >> 20} MiB are available"
+            f"{purpose} needs {needed >> 20} MiB of host memory on this node, {available >> 20} MiB are available"
         )
+        self.purpose = purpose
         self.needed_bytes = needed
         self.available_bytes = available
 
@@ -39,8 +40,8 @@ def available_bytes() -> int | None:
     return min(machine, max(limit - used, 0))
 
 
-def require(needed: int) -> None:
+def require(purpose: str, needed: int) -> None:
     """Raises NotEnoughMemory, with the figures, when `needed` bytes do not fit."""
     available = available_bytes()
     if available is not None and needed > available:
-        raise NotEnoughMemory(needed, available)
+        raise NotEnoughMemory(purpose, needed, available)

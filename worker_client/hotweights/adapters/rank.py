@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from hotweights.adapters import memory
+from hotweights.adapters.assembled import AssembledRoute, one_thread
 from hotweights.adapters.checkpoint import checkpoint_folder
-from hotweights.adapters.fingerprint import Probe, combine, digest_tensors, packed_layers
+from hotweights.adapters.fingerprint import Probe, Proof, combine, digest_tensors, packed_layers
 from hotweights.adapters.mapped import MappedImage, TensorSpec, check_specs, read_specs
 from hotweights.adapters.routes import ReloadRoute, Route
+from hotweights.adapters.shadow import NoShadow
 from hotweights.adapters.undo import Copies, Snapshot, undo_bytes
 from hotweights.worker_client.config import load_config
 from hotweights.worker_client.window.failpoints import Failpoints, parse_failpoints
@@ -60,24 +62,36 @@ class Job:
         return self._result
 
 
+class NotProven(Exception):
+    """What the apply left in the model is not what was assembled."""
+
+
 class Update:
     """A prepared update of this rank."""
 
-    def __init__(self, image: MappedImage, copies: Copies, digest: bytes, route: Route, probe: Probe) -> None:
+    def __init__(self, image: MappedImage, copies: Copies, route: Route, proof: Proof) -> None:
         self.image = image
         self.copies = copies
         self.route = route
-        self.before = b""
-        self._digest = digest
-        self._probe = probe
         self.snapshot: Snapshot | None = None
         self.specs_before: Mapping[str, TensorSpec] | None = None
+        self.expected = b""
+        """The fingerprint of after; empty where only the write can tell."""
+        self._proof = proof
+
+    @property
+    def before(self) -> bytes:
+        """The fingerprint of before; empty until it is known."""
+        return self._proof.fingerprint
 
     def ready(self) -> bool:
-        """Goes on with the probe for one slice; True once the fingerprint of before is known."""
-        if not self.before and self._probe.run(PROBE_SLICE_S):
-            self.before = combine(self._digest, self._probe)
-        return bool(self.before)
+        """Goes on with the probes for one slice; True once the fingerprints are known."""
+        after = self.route.proof
+        if not self._proof.run(PROBE_SLICE_S) or not (after is None or after.run(PROBE_SLICE_S)):
+            return False
+        if after is not None:
+            self.expected = after.fingerprint
+        return True
 
 
 class Rank:
@@ -101,7 +115,8 @@ class Rank:
 
     def prepare(self, folder: Path, name_map: Mapping[str, str]) -> None:
         """Starts to prepare; the same folder again goes on with what was begun."""
-        if self._folder == folder and self._update is not None and self._update.snapshot is None:
+        update = self._update
+        if self._folder == folder and update is not None and update.snapshot is None and update.route.keep():
             return
         if self._job is not None and not self._job.done:
             if self._folder == folder:
@@ -112,22 +127,43 @@ class Rank:
         self._job = Job("prepare", lambda: self._prepare(folder, dict(name_map)))
 
     def _prepare(self, folder: Path, name_map: Mapping[str, str]) -> Update:
+        # One thread: the serving engine needs the cores more than this does.
+        with one_thread():
+            return self._prepare_quietly(folder, name_map)
+
+    def _prepare_quietly(self, folder: Path, name_map: Mapping[str, str]) -> Update:
         _failpoints().hit("prepare.start")
         image, model = MappedImage(folder, name_map), self.model
         try:
             served = self._served_specs()
             if served is not None:
                 check_specs(image.specs, served)
-            memory.require(self._bytes_needed())
+            memory.require("the way back", self._bytes_needed())
             copies = Copies(model)
             image.populate()
-            # One thread: the serving engine needs the cores more than this does.
-            digest = digest_tensors(model, threads=1)
+            route = self._route(image, whole=served is not None)
+            # After the assembly: had that touched the model, this would tell.
+            proof = Proof(digest_tensors(model, threads=1), Probe(model))
         except Exception:
             image.close()
             raise
-        route = ReloadRoute(self._worker, whole=served is not None)
-        return Update(image, copies, digest, route, Probe(model))
+        return Update(image, copies, route, proof)
+
+    def _route(self, image: MappedImage, *, whole: bool) -> Route:
+        """By HOTWEIGHTS_ROUTE; `auto` assembles where it can and says why where it cannot."""
+        wanted = load_config().route
+        if wanted != "reload":
+            try:
+                memory.require("assembling", self._bytes_to_assemble())
+                route = AssembledRoute(self._worker, image, whole=whole)
+            except (NoShadow, memory.NotEnoughMemory) as error:
+                if wanted == "assembled":
+                    raise
+                log.warning("the route is reload, with a longer pause: %s", error)
+            else:
+                log.info("the route is assembled")
+                return route
+        return ReloadRoute(self._worker, whole=whole)
 
     def _served_specs(self) -> Mapping[str, TensorSpec] | None:
         """Tensors of the checkpoint that is served; None when the engine has none (dummy or streamed weights)."""
@@ -143,9 +179,18 @@ class Rank:
         """Of all ranks here: the copies, and the packed weights that stand twice while both are kept."""
         model = self.model
         packed = sum(_packed_bytes(layer) for _, layer, _ in packed_layers(model))
+        return self._ranks_here() * (undo_bytes(model) + packed)
+
+    def _bytes_to_assemble(self) -> int:
+        """Of all ranks here, after the copies: the shadow, its packed weights, and the largest layer on its way."""
+        model = self.model
+        packed = sum(_packed_bytes(layer) for _, layer, _ in packed_layers(model))
+        largest = max((_packed_bytes(layer) for layer in model.modules()), default=0)
+        return self._ranks_here() * (undo_bytes(model) + packed + largest)
+
+    def _ranks_here(self) -> int:
         parallel = self._worker.vllm_config.parallel_config
-        local = int(getattr(parallel, "local_world_size", 0) or parallel.world_size)
-        return local * (undo_bytes(model) + packed)
+        return int(getattr(parallel, "local_world_size", 0) or parallel.world_size)
 
     def prepared(self) -> Update | None:
         """The update once it can be applied, None while it cannot. Raises why it never will."""
@@ -170,17 +215,22 @@ class Rank:
             raise RankRefused(f"{folder} is not prepared")
         if update.snapshot is not None:
             raise RankRefused(f"{folder} was applied already")
+        if not update.route.keep():
+            raise RankRefused(f"{folder} was given back after it was applied; prepare it again")
         update.copies.check_current(self.model)
         self._fingerprint = None  # one that is being computed would mix old and new
         update.snapshot, update.specs_before = Snapshot(self.model), self._served
         points = _failpoints()
         points.hit("apply.start")
         self.synchronize()
-        probe = Probe(self.model)
+        probe, assembled = Probe(self.model), update.route.proof
+        if assembled is not None:
+            probe.adopt(assembled.probe)
 
         def after(count: int) -> None:
             points.hit("apply.tensor", count)
-            probe.run_packed_anew()
+            if assembled is None:
+                probe.run_packed_anew()
 
         update.route.write(update.image, after)
         self.synchronize()
@@ -200,7 +250,7 @@ class Rank:
             update.route.clean_up()
             self.synchronize()
             self._served, update.snapshot = update.specs_before, None
-        now = self.fingerprint_now(Probe(self.model))
+        now = combine(digest_tensors(self.model), Probe(self.model))
         if now != update.before:
             raise RankRefused(
                 f"fingerprint after the undo is {now.hex()}, before the apply it was {update.before.hex()}"
@@ -208,8 +258,13 @@ class Rank:
         return now
 
     def fingerprint_now(self, probe: Probe) -> bytes:
-        """On all cores; for inside the window."""
-        return combine(digest_tensors(self.model), probe)
+        """The proof of an apply, on all cores. Raises NotProven when it is known and another: the undo follows."""
+        now, update = combine(digest_tensors(self.model), probe), self._update
+        if update is not None and update.snapshot is not None:
+            if update.expected not in (b"", now):
+                raise NotProven(f"fingerprint is {now.hex()}, assembled was {update.expected.hex()}")
+            update.route.written()
+        return now
 
     def release(self) -> bool:
         """Drops copies and mapping. False while something still holds a tensor of the mapping."""
@@ -222,6 +277,7 @@ class Rank:
             except Exception:  # noqa: BLE001 - it was reported to whoever polled, or nobody asked
                 self._update = None
         if self._update is not None:
+            self._update.route.close()
             self._closing.append(self._update.image)
         self._update, self._folder = None, None
         self._closing = [image for image in self._closing if not image.close()]

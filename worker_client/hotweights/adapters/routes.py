@@ -1,4 +1,4 @@
-"""How tensors of an image get into a model. One route today, `reload`; `direct` comes beside it.
+"""How tensors of an image get into a model: `reload` here, `assembled` in the module of that name.
 
 A route may leave the model half-written when it raises: the undo is the caller's.
 """
@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 import torch
 
+from hotweights.adapters.fingerprint import Proof
 from hotweights.adapters.mapped import MappedImage
 
 AfterTensors = Callable[[int], None]
-"""Told how many tensors were consumed so far, before each tensor and at the end: where tests inject failures."""
+"""Told how much was written in the pause so far, before each tensor and at the end: where tests inject failures."""
 
 
 class NotWhole(Exception):
@@ -22,12 +23,23 @@ class Route(Protocol):
     """Writes an image into a model."""
 
     name: str
+    proof: Proof | None
+    """The fingerprint that the write will give, and the probe of layers packed already; None when nobody knows."""
 
     def write(self, image: MappedImage, after: AfterTensors) -> None:
         """Writes all of it. Raises NotWhole, and whatever a loader raises."""
 
+    def keep(self) -> bool:
+        """Calls off what `written` began. False when that is done: there is nothing to write, prepare again."""
+
     def clean_up(self) -> None:
         """After an undo: forgets what a failed write left behind outside the model's modules."""
+
+    def written(self) -> None:
+        """The write was proven: frees, a little later and in another thread, what only the write needed."""
+
+    def close(self) -> None:
+        """Frees everything. Not for inside the pause."""
 
 
 class ReloadRoute:
@@ -38,6 +50,7 @@ class ReloadRoute:
     """
 
     name = "reload"
+    proof: Proof | None = None
 
     def __init__(self, worker: Any, *, whole: bool) -> None:
         self._worker = worker
@@ -47,29 +60,11 @@ class ReloadRoute:
     def _model(self) -> Any:
         return self._worker.model_runner.get_model()
 
-    @torch.no_grad()
     def write(self, image: MappedImage, after: AfterTensors) -> None:
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import (
-            finalize_layerwise_reload,
-            initialize_layerwise_reload,
-        )
+        layerwise_reload(self._worker, self._model, image, after, whole=self._whole)
 
-        model, consumed = self._model, [0]
-        with set_current_vllm_config(self._worker.vllm_config):
-            initialize_layerwise_reload(model)
-            loaded = model.load_weights(_counted(image, consumed, after))
-            after(consumed[0])
-            if consumed[0] != len(image):
-                raise NotWhole(f"the model took {consumed[0]} of {len(image)} tensors")
-            stale = [layer for layer in model.modules() if _shares_but_was_not_loaded(layer)]
-            if not self._whole:
-                _check_whole(model, loaded)
-            finalize_layerwise_reload(model, self._worker.model_config)
-            for layer in stale:
-                # A tied layer is not loaded itself, so the reload leaves its packed copy of the old weights.
-                if layer.__dict__.get("cpu_linear") is not None:
-                    layer.quant_method.process_weights_after_loading(layer)
+    def keep(self) -> bool:
+        return True
 
     def clean_up(self) -> None:
         from vllm.model_executor.model_loader.reload import layerwise
@@ -77,6 +72,35 @@ class ReloadRoute:
         for layer in self._model.modules():
             layerwise.get_layerwise_info(layer).reset()
         layerwise.LOADING_LAYERS.clear()
+
+    def written(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@torch.no_grad()
+def layerwise_reload(worker: Any, model: Any, image: MappedImage, after: AfterTensors, *, whole: bool) -> None:
+    """vLLM's own reload of `model`, which is the worker's or a shadow of it. Raises NotWhole and what loaders raise."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    consumed = [0]
+    with set_current_vllm_config(worker.vllm_config):
+        initialize_layerwise_reload(model)
+        loaded = model.load_weights(_counted(image, consumed, after))
+        after(consumed[0])
+        if consumed[0] != len(image):
+            raise NotWhole(f"the model took {consumed[0]} of {len(image)} tensors")
+        stale = [layer for layer in model.modules() if _shares_but_was_not_loaded(layer)]
+        if not whole:
+            _check_whole(model, loaded)
+        finalize_layerwise_reload(model, worker.model_config)
+        for layer in stale:
+            # A tied layer is not loaded itself, so the reload leaves its packed copy of the old weights.
+            if layer.__dict__.get("cpu_linear") is not None:
+                layer.quant_method.process_weights_after_loading(layer)
 
 
 def _counted(image: MappedImage, consumed: list[int], after: AfterTensors) -> Iterator[tuple[str, torch.Tensor]]:

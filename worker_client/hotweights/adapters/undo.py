@@ -40,7 +40,8 @@ def undo_bytes(module: torch.nn.Module) -> int:
     return sum(storage.nbytes() for storage in _storages(module).values())
 
 
-def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+def storage_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    """The storage itself as a tensor of bytes."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
@@ -49,7 +50,7 @@ class Copies:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._storages = _storages(module)
-        self._bytes = {at: _as_bytes(storage).to("cpu", copy=True) for at, storage in self._storages.items()}
+        self._bytes = {at: storage_bytes(storage).to("cpu", copy=True) for at, storage in self._storages.items()}
 
     def check_current(self, module: torch.nn.Module) -> None:
         """Raises ChangedSincePrepare unless the module still consists of the copied storages."""
@@ -61,7 +62,7 @@ class Copies:
     @torch.no_grad()
     def put_back(self) -> None:
         for at, storage in self._storages.items():
-            _as_bytes(storage).copy_(self._bytes[at])
+            storage_bytes(storage).copy_(self._bytes[at])
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ SETTINGS = (
     Setting("HOTWEIGHTS_NAME_MAP", "", "checkpoint=module pairs, comma-separated; renames tensors"),
     Setting("HOTWEIGHTS_USE_IPC_AGENT", "0", "1 sets `hotweights_agent` on the engine"),
     Setting("HOTWEIGHTS_ADOPT_CLUSTER", "0", "1 follows a coordinator whose store was replaced"),
+    Setting("HOTWEIGHTS_ROUTE", "auto", "auto, assembled or reload: how weights get into an engine"),
     Setting("HOTWEIGHTS_FAILPOINTS", "", "for tests: failures to inject"),
 )
 
@@ -75,6 +76,7 @@ class Config:
     name_map: Mapping[str, str] = field(default_factory=dict)
     use_ipc_agent: bool = False
     adopt_cluster: bool = False
+    route: str = "auto"
     failpoints: str = ""
 
     def as_environ(self) -> dict[str, str]:
@@ -93,6 +95,7 @@ class Config:
             "HOTWEIGHTS_AGENT_IDLE_S": str(self.agent_idle_s),
             "HOTWEIGHTS_POLICY": self.policy,
             "HOTWEIGHTS_NAME_MAP": pairs,
+            "HOTWEIGHTS_ROUTE": self.route,
         }
 
 
@@ -127,6 +130,12 @@ def _name_map(text: str) -> dict[str, str]:
 def _policy(text: str) -> str:
     if text not in ("", "auto", "manual"):
         raise BadSetting("HOTWEIGHTS_POLICY", text, "takes auto or manual")
+    return text
+
+
+def _route(text: str) -> str:
+    if text not in ("auto", "assembled", "reload"):
+        raise BadSetting("HOTWEIGHTS_ROUTE", text, "takes auto, assembled or reload")
     return text
 
 
@@ -171,6 +180,7 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         name_map=_name_map(env.get("HOTWEIGHTS_NAME_MAP", "")),
         use_ipc_agent=env.get("HOTWEIGHTS_USE_IPC_AGENT", "").lower() in _TRUE,
         adopt_cluster=env.get("HOTWEIGHTS_ADOPT_CLUSTER", "").lower() in _TRUE,
+        route=_route(env.get("HOTWEIGHTS_ROUTE") or "auto"),
         failpoints=env.get("HOTWEIGHTS_FAILPOINTS", ""),
     )
 
