@@ -5,6 +5,10 @@
 A user without Hotweights calls `reload_weights` with a folder on disk; here its files are in the page cache. Ours is
 the window as the controller opens it: pause, apply from the mapped image, proof by fingerprint, caches, resume. The
 image was prepared before the pause, which `prepare_s` tells. Each run goes to the other of two checkpoints.
+
+Figures without a prefix, and both ratios, are of the default route; those with `reload_route_` are of the same window
+when the model is one that cannot be assembled beforehand (HOTWEIGHTS_ROUTE=reload). `first_` figures are of the very
+first swap of the process, which the medians leave out.
 """
 
 import argparse
@@ -26,6 +30,7 @@ from random_llama import make_checkpoint
 
 RUNS, RUNS_QUICK = 15, 7
 WARM_UP = 2
+ROUTES = {"auto": "assembled", "reload": "reload"}  # what is asked for, and what the engine must then say
 START_DEADLINE_S = 300.0
 CALL_DEADLINE_S = 120.0
 T = TypeVar("T")
@@ -52,7 +57,7 @@ class Server:
                 enforce_eager=True,
                 max_model_len=256,
                 dtype="bfloat16",
-                worker_extension_cls="hotweights.adapters.vllm_extension.HotweightsWorkerExtension",
+                worker_extension_cls="benchmarks.swap_extension.RouteExtension",
             )
         )
 
@@ -96,27 +101,43 @@ def reload(server: Server, folder: Path) -> float:
     return time.perf_counter() - start
 
 
+def window_times(server: Server, engine: Any, folder: Path, route: str) -> dict[str, float]:
+    """Seconds of the parts of one swap of ours."""
+    server.call(server.llm.collective_rpc("benchmark_route", args=(route,)))
+    prepared_s, result = asyncio.run(our_swap(engine, folder))
+    times, answer = result.times, result.answers[0]
+    if answer["route"] != ROUTES[route]:
+        raise RuntimeError(f"the route was {answer['route']}")
+    quiesce, apply, resume = (ms / 1000 for ms in (times.quiesce_ms, times.apply_ms, times.resume_ms))
+    return {
+        "prepare": prepared_s,
+        "quiesce": quiesce,
+        "apply": apply,
+        "write": answer["write_ms"] / 1000,
+        "proof": answer["proof_ms"] / 1000,
+        "resume": resume,
+        "pause": quiesce + apply + resume,
+    }
+
+
 def measure(server: Server, disk: list[Path], staged: list[Path], runs: int) -> dict[str, list[float]]:
-    """Seconds of every part, one entry a run."""
+    """Seconds of every part, one entry a run. The three ways take turns in one engine."""
     from hotweights.adapters.vllm_engine import VllmEngine
 
     engine = VllmEngine(server.llm, server.loop)
-    taken: dict[str, list[float]] = {
-        name: [] for name in ("reload", "prepare", "quiesce", "apply", "write", "proof", "resume", "pause")
-    }
+    taken: dict[str, list[float]] = {}
     for run in range(-WARM_UP, runs):
-        one = {"reload": reload(server, disk[1])}
-        one["prepare"], result = asyncio.run(our_swap(engine, staged[0]))
-        times, answer = result.times, result.answers[0]
-        one["quiesce"], one["apply"], one["resume"] = (
-            ms / 1000 for ms in (times.quiesce_ms, times.apply_ms, times.resume_ms)
-        )
-        one["write"], one["proof"] = answer["write_ms"] / 1000, answer["proof_ms"] / 1000
-        one["pause"] = one["quiesce"] + one["apply"] + one["resume"]
+        # The engine has disk[0]; there, back and there, so that each way writes what the engine does not have.
+        ours = window_times(server, engine, staged[1], "auto")
+        one = {**ours, "reload": reload(server, disk[0])}
+        by_reload = window_times(server, engine, staged[1], "reload")
+        one |= {f"reload_route_{part}": by_reload[part] for part in ("prepare", "apply", "pause")}
         progress(f"run {run}: " + ", ".join(f"{name} {s * 1000:.1f} ms" for name, s in one.items()))
+        if run == -WARM_UP:
+            taken |= {"first_apply": [one["apply"]], "first_pause": [one["pause"]]}
         if run >= 0:
             for name, seconds in one.items():
-                taken[name].append(seconds)
+                taken.setdefault(name, []).append(seconds)
         disk.reverse()
         staged.reverse()
     return taken
