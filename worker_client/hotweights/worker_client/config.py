@@ -9,7 +9,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hotweights.wire.endpoint import Endpoint, parse_endpoint
@@ -182,19 +182,4 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         adopt_cluster=env.get("HOTWEIGHTS_ADOPT_CLUSTER", "").lower() in _TRUE,
         route=_route(env.get("HOTWEIGHTS_ROUTE") or "auto"),
         failpoints=env.get("HOTWEIGHTS_FAILPOINTS", ""),
-    )
-
-
-def with_overrides(
-    config: Config,
-    endpoint: str | None = None,
-    model: str | None = None,
-    name_map: Mapping[str, str] | None = None,
-) -> Config:
-    """The settings with what code gave explicitly; None keeps what was read. Raises BadEndpoint."""
-    return replace(
-        config,
-        endpoint=parse_endpoint(endpoint) if endpoint else config.endpoint,
-        model=config.model if model is None else model,
-        name_map=config.name_map if name_map is None else dict(name_map),
     )

@@ -6,7 +6,8 @@ A move that is not allowed raises `Declined` and changes nothing.
     events.py   what happened            orders.py   what is to be said
     records.py  what is durable          state.py    all there is
     step.py     the table of events      update.py   an update's way through its phases
-    fleet.py    who is there             catalogue.py  versions and policies
+    fleet.py    who is there             reports.py  what they report
+    catalogue.py  versions and policies
 """
 
 from hotweights.coordinator.rules.orders import Declined, Order

@@ -1,4 +1,4 @@
-"""Who is there: members attach, are heard from, fall silent and leave; what they report."""
+"""Who is there: members attach, are heard from, fall silent and leave."""
 
 from dataclasses import replace
 
@@ -9,9 +9,7 @@ from hotweights.coordinator.rules.records import (
     Member,
     ModelRecord,
     Outcome,
-    Phase,
     ReplicaRecord,
-    Ticket,
     UpdateRecord,
 )
 from hotweights.coordinator.rules.state import Node, Seat
@@ -37,7 +35,7 @@ def agent_attached(turn: Turn, event: e.AgentAttached) -> None:
     turn.nodes.put(event.node, node)
     if present is None or not present.connected:
         turn.note(NoteKind.NODE_ATTACHED, f"node {event.node} is here", node=event.node)
-    _note_available(turn)
+    note_available(turn)
     for update in [u for u in turn.updates.values() if u.phase.is_open]:
         _forget_asked(turn, update, event.node)
         turn.touch(update.model)
@@ -181,7 +179,7 @@ def _models_of(turn: Turn, digests: frozenset[str]) -> set[str]:
     return {v.model for v in turn.versions.values() if v.digest in digests}
 
 
-def _note_available(turn: Turn) -> None:
+def note_available(turn: Turn) -> None:
     """Versions that a verified holder brought within reach for the first time."""
     held = frozenset().union(*(n.held for n in turn.nodes.values() if n.connected))
     for key, version in list(turn.versions.items()):
@@ -284,186 +282,3 @@ def _in_window(turn: Turn, seat: Seat) -> bool:
         if member and member.outcome in (Outcome.APPLYING, Outcome.RESTORING):
             return True
     return False
-
-
-# Reports.
-
-
-def stage_progressed(turn: Turn, node: Node, event: e.StageProgressed) -> None:
-    effort = turn.efforts.get(event.update)
-    if effort is not None:
-        progress = {**effort.progress, node.id: (event.bytes_done, event.bytes_total)}
-        turn.efforts.put(event.update, replace(effort, progress=progress))
-
-
-def staged(turn: Turn, node: Node, event: e.Staged) -> None:
-    turn.nodes.put(node.id, replace(turn.nodes[node.id], held=node.held | {event.digest}))
-    update, effort = turn.updates.get(event.update), turn.efforts.get(event.update)
-    if update is not None and effort is not None:
-        pair = (node.id, event.digest)
-        turn.efforts.put(event.update, replace(effort, staged=effort.staged | {pair}))
-        turn.note_update(NoteKind.NODE_STAGED, update, f"node {node.id} staged {event.digest[:12]}")
-        turn.touch(update.model)
-    _note_available(turn)
-
-
-def stage_failed(turn: Turn, node: Node, event: e.StageFailed) -> None:
-    """Every replica on the node that waits for the image fails with the node's reason."""
-    update = turn.updates.get(event.update)
-    if update is None or not update.phase.is_open:
-        return
-    for member in update.members.values():
-        waits = member.outcome is Outcome.STAGING and node.id in member.nodes
-        if waits and turn.updates[update.id].phase in (Phase.STAGING, Phase.APPLYING):
-            fail_member(turn, update.id, member.replica, f"node {node.id}: {event.reason}")
-    turn.touch(update.model)
-
-
-def held_changed(turn: Turn, node: Node, event: e.HeldChanged) -> None:
-    changed = replace(
-        turn.nodes[node.id],
-        held=event.held,
-        bytes_used=event.bytes_used,
-        bytes_free=event.bytes_free,
-    )
-    turn.nodes.put(node.id, changed)
-    _note_available(turn)
-    for version in turn.versions.values():
-        if version.digest in node.held - event.held and not turn.holders(version.digest):
-            turn.note(
-                NoteKind.VERSION_UNAVAILABLE,
-                f"{version.model} {version.name}: node {node.id} holds it no longer",
-                model=version.model,
-                version=version.name,
-            )
-
-
-def prepared(turn: Turn, seat: Seat, event: e.Prepared) -> None:
-    update = _expected(turn, seat, event.update, event.ticket)
-    if update is None:
-        return
-    member = update.members[seat.id]
-    if member.outcome is Outcome.STAGING:
-        turn.put_member(update.id, replace(member, outcome=Outcome.PREPARED, base=event.base))
-        turn.touch(update.model)
-
-
-def prepare_failed(turn: Turn, seat: Seat, event: e.PrepareFailed) -> None:
-    update = _expected(turn, seat, event.update, event.ticket)
-    if update is not None and update.members[seat.id].outcome is Outcome.STAGING:
-        fail_member(turn, update.id, seat.id, event.reason)
-        turn.touch(update.model)
-
-
-def _expected(turn: Turn, seat: Seat, update_id: str, ticket: Ticket) -> UpdateRecord | None:
-    """The open update whose Prepare this answers; None for a stale or doubled report."""
-    update, effort = turn.updates.get(update_id), turn.efforts.get(update_id)
-    if update is None or effort is None or update.phase not in (Phase.STAGING, Phase.APPLYING):
-        return None
-    return update if effort.preparing.get(seat.id) == ticket else None
-
-
-def _answered(turn: Turn, seat: Seat, update_id: str, ticket: Ticket) -> Member | None:
-    """The member whose outstanding window this reports on.
-
-    Epoch and number must both be those of the order: numbers start anew with each epoch.
-    """
-    update = turn.updates.get(update_id)
-    member = update.members.get(seat.id) if update is not None and update.phase.is_open else None
-    return member if member is not None and member.ticket == ticket else None
-
-
-def _hear_late(turn: Turn, seat: Seat, event: e.Applied | e.ApplyFailed) -> None:
-    """A window that hung may end after all: that moves no update, but says what is served.
-
-    Listened to once the update is over, or while its way back, told meanwhile, is waited for.
-    """
-    update, ticket = turn.updates.get(event.update), event.ticket
-    member = update.members.get(seat.id) if update is not None else None
-    if update is None or member is None:
-        return
-    given_up = not update.phase.is_open or member.outcome is Outcome.RESTORING
-    newest = seat.heard is None or (seat.heard.epoch, seat.heard.number) <= (ticket.epoch, ticket.number)
-    if given_up and newest:
-        turn.seats.put(seat.id, replace(turn.seats[seat.id], active=event.active, open_window="", heard=ticket))
-        turn.touch(seat.model)
-
-
-def applied(turn: Turn, seat: Seat, event: e.Applied) -> None:
-    member = _answered(turn, seat, event.update, event.ticket)
-    if member is None:
-        _hear_late(turn, seat, event)
-        return
-    turn.seats.put(
-        seat.id,
-        replace(
-            turn.seats[seat.id],
-            active=event.active,
-            identifying=False,
-            fingerprints=event.fingerprints,
-            window=event.window,
-            open_window="",
-            heard=event.ticket,
-        ),
-    )
-    update = turn.updates[event.update]
-    restoring = member.outcome is Outcome.RESTORING
-    wanted = member.base if restoring else update.target_digest
-    if member.outcome not in (Outcome.APPLYING, Outcome.RESTORING):
-        return
-    if event.active != wanted:
-        fail_member(turn, update.id, seat.id, f"it serves {event.active[:12] or 'nothing known'}")
-    else:
-        outcome = Outcome.RESTORED if restoring else Outcome.APPLIED
-        turn.put_member(update.id, replace(member, outcome=outcome, window=event.window))
-        kind = NoteKind.REPLICA_RESTORED if restoring else NoteKind.REPLICA_APPLIED
-        window = event.window
-        message = (
-            f"{seat.id}: {outcome.value}, paused {window.quiesce_ms:.1f} + {window.apply_ms:.1f} "
-            f"+ {window.resume_ms:.1f} ms (quiesce, apply, resume)"
-        )
-        turn.note_update(kind, update, message, replica=seat.id, window=window)
-    turn.touch(update.model)
-
-
-def apply_failed(turn: Turn, seat: Seat, event: e.ApplyFailed) -> None:
-    member = _answered(turn, seat, event.update, event.ticket)
-    if member is None:
-        _hear_late(turn, seat, event)
-        return
-    changed = replace(turn.seats[seat.id], active=event.active, open_window="", note=event.reason, heard=event.ticket)
-    turn.seats.put(seat.id, changed)
-    if member.outcome is Outcome.RESTORING:
-        outcome = Outcome.TORN if event.torn else Outcome.DIVERGED
-        turn.put_member(event.update, replace(member, outcome=outcome, reason=event.reason))
-    elif member.outcome is Outcome.APPLYING:
-        fail_member(turn, event.update, seat.id, event.reason, torn=event.torn)
-    turn.touch(seat.model)
-
-
-def active_changed(turn: Turn, seat: Seat, event: e.ActiveChanged) -> None:
-    turn.seats.put(
-        seat.id,
-        replace(
-            turn.seats[seat.id],
-            active=event.active,
-            identifying=False,
-            fingerprints=event.fingerprints or seat.fingerprints,
-            note=event.note,
-        ),
-    )
-    turn.touch(seat.model)
-
-
-def order_refused(turn: Turn, member: Seat | Node, event: e.OrderRefused) -> None:
-    """A NACK ends what the order was part of, as a failure report would."""
-    who = (event.now, event.member, event.session)
-    reason = f"refused: {event.reason}"
-    if isinstance(member, Node):
-        stage_failed(turn, member, e.StageFailed(*who, event.update, "", reason))
-    elif _expected(turn, member, event.update, event.ticket) is not None:
-        failed = e.PrepareFailed(*who, event.update, event.ticket, reason)
-        prepare_failed(turn, member, failed)
-    else:
-        not_applied = e.ApplyFailed(*who, event.update, event.ticket, reason, member.active)
-        apply_failed(turn, member, not_applied)

@@ -1,6 +1,6 @@
 """The table of events. Reads from top to bottom; each line is one rule's name."""
 
-from hotweights.coordinator.rules import catalogue, fleet
+from hotweights.coordinator.rules import catalogue, fleet, reports
 from hotweights.coordinator.rules import events as e
 from hotweights.coordinator.rules.orders import Order
 from hotweights.coordinator.rules.state import Node, Seat, State
@@ -52,25 +52,25 @@ def _heard(turn: Turn, event: e.FromMember) -> None:
         case _, None:
             return
         case e.StageProgressed(), Node():
-            fleet.stage_progressed(turn, member, event)
+            reports.stage_progressed(turn, member, event)
         case e.Staged(), Node():
-            fleet.staged(turn, member, event)
+            reports.staged(turn, member, event)
         case e.StageFailed(), Node():
-            fleet.stage_failed(turn, member, event)
+            reports.stage_failed(turn, member, event)
         case e.HeldChanged(), Node():
-            fleet.held_changed(turn, member, event)
+            reports.held_changed(turn, member, event)
         case e.Prepared(), Seat():
-            fleet.prepared(turn, member, event)
+            reports.prepared(turn, member, event)
         case e.PrepareFailed(), Seat():
-            fleet.prepare_failed(turn, member, event)
+            reports.prepare_failed(turn, member, event)
         case e.Applied(), Seat():
-            fleet.applied(turn, member, event)
+            reports.applied(turn, member, event)
         case e.ApplyFailed(), Seat():
-            fleet.apply_failed(turn, member, event)
+            reports.apply_failed(turn, member, event)
         case e.ActiveChanged(), Seat():
-            fleet.active_changed(turn, member, event)
+            reports.active_changed(turn, member, event)
         case e.OrderRefused(), Seat() | Node():
-            fleet.order_refused(turn, member, event)
+            reports.order_refused(turn, member, event)
         case _:
             pass  # A heartbeat, or a report that is not this kind of member's to make.
 
