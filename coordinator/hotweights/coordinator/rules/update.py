@@ -110,7 +110,13 @@ def make_ready(turn: Turn, update_id: str, member: Member) -> None:
         fail_member(turn, update_id, member.replica, "out of contact")
         return
     seat = turn.seats.get(member.replica)
-    if seat is None or not seat.connected or seat.identifying or _busy(turn, update_id, seat.id):
+    if seat is None or not seat.connected or seat.identifying:
+        return
+    update = turn.updates[update_id]
+    asked = seat.id in effort_of(turn, update).preparing and member.base == seat.active
+    if asked and not any(turn.node_lost(node, update.started_at) for node in member.nodes):
+        return  # its answer is awaited: every report comes by here, so this way is short
+    if _busy(turn, update_id, seat.id):
         return
     if member.base != seat.active:
         member = replace(member, base=seat.active)
@@ -137,7 +143,7 @@ def _stage_nodes(turn: Turn, update_id: str, member: Member) -> bool:
     """Whether target and way back are staged on all nodes of the member; asks for what is not."""
     update, effort = turn.updates[update_id], effort_of(turn, turn.updates[update_id])
     wanted = [d for d in dict.fromkeys((update.target_digest, member.base)) if d]
-    asked, complete = set(effort.asked), True
+    asked, complete = set[tuple[str, str]](), True
     for node_id in member.nodes:
         if turn.node_lost(node_id, update.started_at):
             fail_member(turn, update_id, member.replica, f"no agent on node {node_id}")
@@ -147,13 +153,13 @@ def _stage_nodes(turn: Turn, update_id: str, member: Member) -> bool:
             if (node_id, digest) in effort.staged:
                 continue
             complete = False
-            if node is not None and node.connected and (node_id, digest) not in asked:
+            if node is not None and node.connected and (node_id, digest) not in effort.asked:
                 asked.add((node_id, digest))
                 sources = tuple(n.id for n in turn.holders(digest) if n.id != node_id)
                 left_s = max(1.0, effort.deadline_at - turn.now)
                 turn.tell(node, Stage(digest, sources, left_s), update_id)
-    if asked != effort.asked:
-        turn.efforts.put(update_id, replace(effort, asked=frozenset(asked)))
+    if asked:
+        turn.efforts.put(update_id, replace(effort, asked=effort.asked | asked))
     return complete
 
 
