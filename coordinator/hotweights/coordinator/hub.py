@@ -15,6 +15,7 @@ INFLIGHT = {
     Inflight.RECOMPUTE: update_pb2.INFLIGHT_RECOMPUTE,
     Inflight.DRAIN: update_pb2.INFLIGHT_DRAIN,
     Inflight.ABORT: update_pb2.INFLIGHT_ABORT,
+    Inflight.KEEP: update_pb2.INFLIGHT_KEEP,
 }
 
 
@@ -109,5 +110,6 @@ def _apply(go: o.Apply) -> worker_service_pb2.ApplyImage:
         validity_s=go.validity_s,
         quiesce_deadline_s=go.quiesce_deadline_s,
         apply_deadline_s=go.apply_deadline_s,
+        asleep_deadline_s=go.asleep_deadline_s,
         restore=go.restore,
     )

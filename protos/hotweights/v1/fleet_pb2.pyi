@@ -28,6 +28,7 @@ class EventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EVENT_KIND_NODE_DETACHED: _ClassVar[EventKind]
     EVENT_KIND_NODE_STAGED: _ClassVar[EventKind]
     EVENT_KIND_MODEL_POLICY: _ClassVar[EventKind]
+    EVENT_KIND_REPLICA_DEFERRED: _ClassVar[EventKind]
 EVENT_KIND_UNSPECIFIED: EventKind
 EVENT_KIND_VERSION_PUBLISHED: EventKind
 EVENT_KIND_VERSION_AVAILABLE: EventKind
@@ -46,6 +47,7 @@ EVENT_KIND_NODE_ATTACHED: EventKind
 EVENT_KIND_NODE_DETACHED: EventKind
 EVENT_KIND_NODE_STAGED: EventKind
 EVENT_KIND_MODEL_POLICY: EventKind
+EVENT_KIND_REPLICA_DEFERRED: EventKind
 
 class Rank(_message.Message):
     __slots__ = ("index", "node_id", "pid")

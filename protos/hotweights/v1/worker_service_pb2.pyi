@@ -191,7 +191,7 @@ class PrepareImage(_message.Message):
     def __init__(self, manifest_digest: _Optional[bytes] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class ApplyImage(_message.Message):
-    __slots__ = ("manifest_digest", "version", "inflight", "validity_s", "quiesce_deadline_s", "apply_deadline_s", "restore")
+    __slots__ = ("manifest_digest", "version", "inflight", "validity_s", "quiesce_deadline_s", "apply_deadline_s", "restore", "asleep_deadline_s")
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INFLIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +199,7 @@ class ApplyImage(_message.Message):
     QUIESCE_DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     APPLY_DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     RESTORE_FIELD_NUMBER: _ClassVar[int]
+    ASLEEP_DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     manifest_digest: bytes
     version: str
     inflight: _update_pb2.Inflight
@@ -206,7 +207,8 @@ class ApplyImage(_message.Message):
     quiesce_deadline_s: float
     apply_deadline_s: float
     restore: bool
-    def __init__(self, manifest_digest: _Optional[bytes] = ..., version: _Optional[str] = ..., inflight: _Optional[_Union[_update_pb2.Inflight, str]] = ..., validity_s: _Optional[float] = ..., quiesce_deadline_s: _Optional[float] = ..., apply_deadline_s: _Optional[float] = ..., restore: bool = ...) -> None: ...
+    asleep_deadline_s: float
+    def __init__(self, manifest_digest: _Optional[bytes] = ..., version: _Optional[str] = ..., inflight: _Optional[_Union[_update_pb2.Inflight, str]] = ..., validity_s: _Optional[float] = ..., quiesce_deadline_s: _Optional[float] = ..., apply_deadline_s: _Optional[float] = ..., restore: bool = ..., asleep_deadline_s: _Optional[float] = ...) -> None: ...
 
 class EndUpdate(_message.Message):
     __slots__ = ("committed",)
@@ -215,7 +217,7 @@ class EndUpdate(_message.Message):
     def __init__(self, committed: bool = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("number", "update_id", "epoch", "stage_progress", "staged", "stage_failed", "images_held", "prepared", "prepare_failed", "applied", "apply_failed", "active_changed")
+    __slots__ = ("number", "update_id", "epoch", "stage_progress", "staged", "stage_failed", "images_held", "prepared", "prepare_failed", "applied", "apply_failed", "active_changed", "deferred")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -228,6 +230,7 @@ class Report(_message.Message):
     APPLIED_FIELD_NUMBER: _ClassVar[int]
     APPLY_FAILED_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_CHANGED_FIELD_NUMBER: _ClassVar[int]
+    DEFERRED_FIELD_NUMBER: _ClassVar[int]
     number: int
     update_id: str
     epoch: int
@@ -240,7 +243,8 @@ class Report(_message.Message):
     applied: Applied
     apply_failed: ApplyFailed
     active_changed: ActiveChanged
-    def __init__(self, number: _Optional[int] = ..., update_id: _Optional[str] = ..., epoch: _Optional[int] = ..., stage_progress: _Optional[_Union[StageProgress, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., stage_failed: _Optional[_Union[StageFailed, _Mapping]] = ..., images_held: _Optional[_Union[ImagesHeld, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., prepare_failed: _Optional[_Union[PrepareFailed, _Mapping]] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., apply_failed: _Optional[_Union[ApplyFailed, _Mapping]] = ..., active_changed: _Optional[_Union[ActiveChanged, _Mapping]] = ...) -> None: ...
+    deferred: Deferred
+    def __init__(self, number: _Optional[int] = ..., update_id: _Optional[str] = ..., epoch: _Optional[int] = ..., stage_progress: _Optional[_Union[StageProgress, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., stage_failed: _Optional[_Union[StageFailed, _Mapping]] = ..., images_held: _Optional[_Union[ImagesHeld, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., prepare_failed: _Optional[_Union[PrepareFailed, _Mapping]] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., apply_failed: _Optional[_Union[ApplyFailed, _Mapping]] = ..., active_changed: _Optional[_Union[ActiveChanged, _Mapping]] = ..., deferred: _Optional[_Union[Deferred, _Mapping]] = ...) -> None: ...
 
 class StageProgress(_message.Message):
     __slots__ = ("manifest_digest", "bytes_done", "bytes_total")
@@ -291,14 +295,22 @@ class PrepareFailed(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Applied(_message.Message):
-    __slots__ = ("active_digest", "fingerprints", "window")
+    __slots__ = ("active_digest", "fingerprints", "window", "note")
     ACTIVE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINTS_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
     active_digest: bytes
     fingerprints: _containers.RepeatedScalarFieldContainer[bytes]
     window: _update_pb2.WindowTimes
-    def __init__(self, active_digest: _Optional[bytes] = ..., fingerprints: _Optional[_Iterable[bytes]] = ..., window: _Optional[_Union[_update_pb2.WindowTimes, _Mapping]] = ...) -> None: ...
+    note: str
+    def __init__(self, active_digest: _Optional[bytes] = ..., fingerprints: _Optional[_Iterable[bytes]] = ..., window: _Optional[_Union[_update_pb2.WindowTimes, _Mapping]] = ..., note: _Optional[str] = ...) -> None: ...
+
+class Deferred(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class ApplyFailed(_message.Message):
     __slots__ = ("failure", "reason", "active_digest", "window")

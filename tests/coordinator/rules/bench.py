@@ -186,6 +186,11 @@ class Bench:
         self.do(e.Applied(*self.who(replica), order.update, order.ticket, go.digest, WINDOW))
         return go
 
+    def defer(self, replica: str) -> None:
+        """It is asleep: takes GO, and does it when it wakes."""
+        order = self.waiting(o.Apply, replica)[0][0]
+        self.do(e.Deferred(*self.who(replica), order.update, order.ticket, "asleep at level 1"))
+
     def fail(self, replica: str, reason: str = "shapes differ", *, torn: bool = False) -> None:
         order, _ = self.take(o.Apply, replica)
         self.do(e.ApplyFailed(*self.who(replica), order.update, order.ticket, reason, self.active[replica], torn=torn))

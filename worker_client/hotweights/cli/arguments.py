@@ -89,13 +89,13 @@ def add_update_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--inflight",
-        choices=("recompute", "drain", "abort"),
-        help="what becomes of requests in flight (default: recompute)",
+        choices=("recompute", "drain", "abort", "keep"),
+        help="what becomes of requests in flight (default: recompute); keep: they go on over what is computed",
     )
     group.add_argument("--canary", type=count, metavar="N", help="replicas of the first wave (default: 1)")
     group.add_argument("--max-unavailable", metavar="N|N%", help="replicas of a later wave (default: 100%%)")
     group.add_argument("--max-failed", metavar="N|N%", help="failures that evict tolerates (default: 10%%)")
-    for phase, default in (("staging", 1800), ("quiesce", 30), ("apply", 120)):
+    for phase, default in (("staging", 1800), ("quiesce", 30), ("apply", 120), ("asleep", 3600)):
         group.add_argument(f"--{phase}-deadline", type=seconds, metavar="S", help=f"seconds (default: {default})")
 
 
@@ -111,6 +111,7 @@ def update_options(arguments: argparse.Namespace) -> "update_pb2.UpdateOptions":
         staging_deadline_s=arguments.staging_deadline or 0.0,
         quiesce_deadline_s=arguments.quiesce_deadline or 0.0,
         apply_deadline_s=arguments.apply_deadline or 0.0,
+        asleep_deadline_s=arguments.asleep_deadline or 0.0,
     )
 
 

@@ -15,7 +15,7 @@ from hotweights.coordinator.rules.records import (
 )
 from hotweights.coordinator.rules.state import Seat
 from hotweights.coordinator.rules.turn import Turn
-from hotweights.coordinator.rules.update import SUPERSEDED, abort, cancel
+from hotweights.coordinator.rules.update import SUPERSEDED, abort, any_window_out, cancel
 from hotweights.coordinator.rules.waves import check_options, plan_waves
 
 ENDED_UPDATES_MAX = 100
@@ -186,7 +186,7 @@ def start_update(turn: Turn, target: VersionRecord, kind: Kind, options: Options
     """Freezes the roster. Raises Declined when there is nothing to do or no way to do it."""
     roster = check_start(turn, target, options)
     for update in turn.open_updates(target.model):
-        if all(m.ticket is None for m in update.members.values()):
+        if not any_window_out(turn, update):
             abort(turn, update, SUPERSEDED)
     model = turn.models[target.model]
     waves = plan_waves([seat.id for seat in roster], options, _unready(turn, target.model))

@@ -107,6 +107,7 @@ class Applied(FromMember):
     active: str
     window: WindowTimes
     fingerprints: tuple[str, ...] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,15 @@ class ApplyFailed(FromMember):
     active: str
     torn: bool = False
     window: WindowTimes | None = None
+
+
+@dataclass(frozen=True)
+class Deferred(FromMember):
+    """GO was taken by an engine that is asleep: its window opens when its owner wakes it."""
+
+    update: str
+    ticket: Ticket
+    reason: str
 
 
 @dataclass(frozen=True)

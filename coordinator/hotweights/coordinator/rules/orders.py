@@ -46,6 +46,7 @@ class Apply:
     validity_s: float
     quiesce_deadline_s: float
     apply_deadline_s: float
+    asleep_deadline_s: float
     restore: bool = False
 
 
@@ -87,6 +88,7 @@ class NoteKind(Enum):
     REPLICA_ATTACHED = "replica_attached"
     REPLICA_DETACHED = "replica_detached"
     REPLICA_APPLIED = "replica_applied"
+    REPLICA_DEFERRED = "replica_deferred"
     REPLICA_FAILED = "replica_failed"
     REPLICA_RESTORED = "replica_restored"
     REPLICA_EXCLUDED = "replica_excluded"

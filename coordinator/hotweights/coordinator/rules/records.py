@@ -63,6 +63,7 @@ class Inflight(Enum):
     RECOMPUTE = "recompute"
     DRAIN = "drain"
     ABORT = "abort"
+    KEEP = "keep"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Options:
     staging_deadline_s: float = 1800.0
     quiesce_deadline_s: float = 30.0
     apply_deadline_s: float = 120.0
+    asleep_deadline_s: float = 3600.0
 
 
 @dataclass(frozen=True)

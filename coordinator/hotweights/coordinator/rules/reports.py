@@ -8,7 +8,7 @@ from hotweights.coordinator.rules.orders import NoteKind
 from hotweights.coordinator.rules.records import Member, Outcome, Phase, Ticket, UpdateRecord
 from hotweights.coordinator.rules.state import Node, Seat
 from hotweights.coordinator.rules.turn import Turn
-from hotweights.coordinator.rules.update import fail_member
+from hotweights.coordinator.rules.update import defer, effort_of, fail_member
 
 
 def stage_progressed(turn: Turn, node: Node, event: e.StageProgressed) -> None:
@@ -126,6 +126,7 @@ def applied(turn: Turn, seat: Seat, event: e.Applied) -> None:
             fingerprints=event.fingerprints,
             window=event.window,
             open_window="",
+            note=event.note,
             heard=event.ticket,
         ),
     )
@@ -138,7 +139,7 @@ def applied(turn: Turn, seat: Seat, event: e.Applied) -> None:
         fail_member(turn, update.id, seat.id, f"it serves {event.active[:12] or 'nothing known'}")
     else:
         outcome = Outcome.RESTORED if restoring else Outcome.APPLIED
-        turn.put_member(update.id, replace(member, outcome=outcome, window=event.window))
+        turn.put_member(update.id, replace(member, outcome=outcome, reason=event.note, window=event.window))
         kind = NoteKind.REPLICA_RESTORED if restoring else NoteKind.REPLICA_APPLIED
         window = event.window
         message = (
@@ -162,6 +163,19 @@ def apply_failed(turn: Turn, seat: Seat, event: e.ApplyFailed) -> None:
     elif member.outcome is Outcome.APPLYING:
         fail_member(turn, event.update, seat.id, event.reason, torn=event.torn)
     turn.touch(seat.model)
+
+
+def deferred(turn: Turn, seat: Seat, event: e.Deferred) -> None:
+    """Its owner has it asleep: nothing of it serves, so there is time, until it wakes or the update goes back."""
+    member = _answered(turn, seat, event.update, event.ticket)
+    if member is None or member.outcome is not Outcome.APPLYING:
+        return
+    update = turn.updates[event.update]
+    if seat.id not in effort_of(turn, update).deferred:
+        turn.put_member(update.id, replace(member, reason=event.reason))
+        turn.note_update(NoteKind.REPLICA_DEFERRED, update, f"{seat.id}: {event.reason}", replica=seat.id)
+    defer(turn, update, seat.id)
+    turn.touch(update.model)
 
 
 def active_changed(turn: Turn, seat: Seat, event: e.ActiveChanged) -> None:

@@ -79,6 +79,7 @@ class Effort:
     progress: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     preparing: Mapping[str, Ticket] = field(default_factory=dict)
     due: Mapping[str, float] = field(default_factory=dict)
+    deferred: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

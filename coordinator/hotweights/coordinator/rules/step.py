@@ -67,6 +67,8 @@ def _heard(turn: Turn, event: e.FromMember) -> None:
             reports.applied(turn, member, event)
         case e.ApplyFailed(), Seat():
             reports.apply_failed(turn, member, event)
+        case e.Deferred(), Seat():
+            reports.deferred(turn, member, event)
         case e.ActiveChanged(), Seat():
             reports.active_changed(turn, member, event)
         case e.OrderRefused(), Seat() | Node():

@@ -249,15 +249,29 @@ def _tell_apply(turn: Turn, update: UpdateRecord, seat: Seat, digest: str, *, re
         validity_s=limits.go_validity_s,
         quiesce_deadline_s=options.quiesce_deadline_s,
         apply_deadline_s=options.apply_deadline_s,
+        asleep_deadline_s=options.asleep_deadline_s,
         restore=restore,
     )
     ticket = turn.tell(seat, action, update.id)
-    window_s = limits.go_validity_s + options.quiesce_deadline_s + options.apply_deadline_s
     effort = effort_of(turn, update)
-    # Twice the apply: a failed one is undone before it is reported.
-    due = turn.now + window_s + options.apply_deadline_s + limits.report_margin_s
-    turn.efforts.put(update.id, replace(effort, due={**effort.due, seat.id: due}))
+    due = turn.now + _window_s(turn, update)
+    turn.efforts.put(update.id, replace(effort, due={**effort.due, seat.id: due}, deferred=effort.deferred - {seat.id}))
     return ticket
+
+
+def _window_s(turn: Turn, update: UpdateRecord) -> float:
+    """How long after GO the report of a window may take. Twice the apply: a failed one is undone before it."""
+    options, limits = update.options, turn.limits
+    return limits.go_validity_s + options.quiesce_deadline_s + 2 * options.apply_deadline_s + limits.report_margin_s
+
+
+def defer(turn: Turn, update: UpdateRecord, replica: str) -> None:
+    """Its window opens when it wakes: the deadline of its report is put off, and it can be called back at once."""
+    effort = effort_of(turn, update)
+    due = turn.now + update.options.asleep_deadline_s + _window_s(turn, update)
+    if replica not in effort.deferred:
+        changed = replace(effort, due={**effort.due, replica: due}, deferred=effort.deferred | {replica})
+        turn.efforts.put(update.id, changed)
 
 
 def _end_overdue(turn: Turn, update_id: str) -> None:
@@ -361,10 +375,23 @@ def abort(turn: Turn, update: UpdateRecord, reason: str) -> None:
     turn.put_update(back)
     effort = effort_of(turn, back)
     # A GO that is out keeps its whole time, and the way back comes after it.
-    windows_end = [effort.due.get(m.replica, turn.now) for m in back.members.values() if m.outcome is Outcome.APPLYING]
+    windows_end = [effort.due.get(m.replica, turn.now) for m in back.members.values() if _window_is_out(effort, m)]
     deadline_at = max([turn.now, *windows_end]) + turn.limits.roll_back_deadline_s
     turn.efforts.put(update.id, replace(effort, deadline_at=deadline_at))
     turn.note_update(NoteKind.UPDATE_PHASE, back, f"{update.id}: rolling back, {reason}")
+
+
+def any_window_out(turn: Turn, update: UpdateRecord) -> bool:
+    """Whether somebody had GO and may act on it without being woken first."""
+    deferred = effort_of(turn, update).deferred
+    return any(m.ticket is not None and m.replica not in deferred for m in update.members.values())
+
+
+def _window_is_out(effort: Effort, member: Member) -> bool:
+    """Whether a window of it is open or may open any moment: not of one that sleeps, which is called back instead."""
+    if member.outcome is Outcome.RESTORING:
+        return True
+    return member.outcome is Outcome.APPLYING and member.replica not in effort.deferred
 
 
 def _advance_rolling_back(turn: Turn, update: UpdateRecord) -> None:
@@ -384,7 +411,8 @@ def _advance_rolling_back(turn: Turn, update: UpdateRecord) -> None:
 def _take_back(turn: Turn, update_id: str, member: Member) -> None:
     update, effort = turn.updates[update_id], turn.efforts[update_id]
     ends_at = effort.deadline_at
-    if member.outcome in (Outcome.RESTORING, Outcome.APPLYING):
+    window_is_out = _window_is_out(effort, member)
+    if window_is_out:
         ends_at = effort.due.get(member.replica, ends_at)
     overdue = turn.now >= ends_at
     lost = turn.seat_lost(turn.updates[update_id].model, member.replica)
@@ -392,7 +420,7 @@ def _take_back(turn: Turn, update_id: str, member: Member) -> None:
         why = "out of contact" if lost else "did not go back in time"
         turn.put_member(update_id, replace(member, outcome=Outcome.DIVERGED, reason=why))
         return
-    if member.outcome in (Outcome.RESTORING, Outcome.APPLYING):
+    if window_is_out:
         return
     seat = turn.seats.get(member.replica)
     if seat is not None and seat.connected and not _busy(turn, update_id, seat.id):

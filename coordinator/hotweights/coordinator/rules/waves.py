@@ -23,6 +23,7 @@ def check_options(options: Options) -> None:
         options.staging_deadline_s,
         options.quiesce_deadline_s,
         options.apply_deadline_s,
+        options.asleep_deadline_s,
     )
     if not all(0 < deadline <= 86400 for deadline in deadlines):
         raise Declined("INVALID_ARGUMENT", "BAD_DEADLINE", "deadlines are 0 to 86400 seconds")

@@ -49,6 +49,7 @@ def options_from(message: update_pb2.UpdateOptions) -> r.Options:
         staging_deadline_s=message.staging_deadline_s or default.staging_deadline_s,
         quiesce_deadline_s=message.quiesce_deadline_s or default.quiesce_deadline_s,
         apply_deadline_s=message.apply_deadline_s or default.apply_deadline_s,
+        asleep_deadline_s=message.asleep_deadline_s or default.asleep_deadline_s,
     )
 
 
@@ -77,6 +78,7 @@ def options_message(options: r.Options) -> update_pb2.UpdateOptions:
         staging_deadline_s=options.staging_deadline_s,
         quiesce_deadline_s=options.quiesce_deadline_s,
         apply_deadline_s=options.apply_deadline_s,
+        asleep_deadline_s=options.asleep_deadline_s,
     )
 
 

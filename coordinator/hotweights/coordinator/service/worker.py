@@ -252,7 +252,10 @@ def _replica_report(who: tuple[float, str, str], ticket: Ticket, report: pb.Repo
                 _digest(applied.active_digest),
                 convert.window_from(applied.window),
                 tuple(f.hex() for f in applied.fingerprints),
+                applied.note,
             )
+        case "deferred":
+            return e.Deferred(*who, update, ticket, report.deferred.reason)
         case "apply_failed":
             failed = report.apply_failed
             return e.ApplyFailed(
