@@ -15,8 +15,9 @@ if os.environ.get("TEST_PLAIN_LINEAR"):
 class FailpointExtension(HotweightsWorkerExtension):
     """Beside the `hotweights_*` methods: some of its own."""
 
-    def inject_failpoints(self, text: str) -> dict[str, Any]:
-        os.environ["HOTWEIGHTS_FAILPOINTS"] = text
+    def inject_failpoints(self, text: str, rank: int | None = None) -> dict[str, Any]:
+        if rank in (None, self.rank):
+            os.environ["HOTWEIGHTS_FAILPOINTS"] = text
         return {}
 
     def inject_route(self, name: str) -> dict[str, Any]:

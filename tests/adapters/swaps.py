@@ -1,8 +1,13 @@
 """What every live engine must do, whatever its model and its processor: swaps and undos against fresh engines."""
 
+import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from hotweights.worker_client.window.engine import PauseMode, Process
+from hotweights.worker_client.window.window import WindowOrder, WindowResult, run_window
 
 from .live_engine import LiveEngine, Oracle
 
@@ -22,6 +27,67 @@ def prepare(engine: LiveEngine, folder: Path, name_map: dict[str, str] | None = 
             return answer
         time.sleep(0.01)
     raise TimeoutError("preparing")
+
+
+def prepare_all(engine: LiveEngine, folder: Path) -> tuple[bytes, ...]:
+    """Every rank's fingerprint of before, once all are prepared anew."""
+    assert all(answer["ok"] for answer in engine.rpc_all("release"))
+    assert all(answer["ok"] for answer in engine.rpc_all("prepare", str(folder), {}))
+    ends = time.monotonic() + PREPARE_DEADLINE_S
+    while time.monotonic() < ends:
+        answers = engine.rpc_all("prepared")
+        assert all(answer["ok"] for answer in answers), answers
+        if all(answer["done"] for answer in answers):
+            return tuple(answer["fingerprint"] for answer in answers)
+        time.sleep(0.01)
+    raise TimeoutError("preparing")
+
+
+def ranks(engine: LiveEngine) -> tuple[Process, ...]:
+    return tuple(Process(answer["pid"], answer["started"]) for answer in engine.rpc_all("identify"))
+
+
+def window(
+    engine: LiveEngine,
+    folder: str,
+    before: tuple[bytes, ...],
+    mode: PauseMode = "recompute",
+    *,
+    apply_deadline_s: float = 60.0,
+) -> WindowResult:
+    """Opens one window as the controller does; "" goes back to what is kept."""
+    live = engine.windowed
+
+    async def opened() -> WindowResult:
+        order = WindowOrder(
+            folder=folder,
+            version="v",
+            mode=mode,
+            begin_by=time.monotonic() + 10,
+            quiesce_deadline_s=20.0,
+            apply_deadline_s=apply_deadline_s,
+            processes=(*ranks_before, *await live.cores()),
+        )
+        return await run_window(live, order, before)
+
+    ranks_before = ranks(engine)
+    return asyncio.run(opened())
+
+
+def runs(pid: int) -> bool:
+    """Whether the process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def check_ended(processes: Sequence[Process]) -> None:
+    """All of them end, by themselves and soon."""
+    ends = time.monotonic() + 10
+    while any(runs(process.pid) for process in processes) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not [process for process in processes if runs(process.pid)]
 
 
 def check_there_and_back(engine: LiveEngine, folder: Path, before: Oracle, after: Oracle, route: str) -> None:

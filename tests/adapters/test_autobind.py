@@ -159,7 +159,7 @@ async def test_install_autobind_asks_for_policy_auto_and_sets_the_handle(
 def test_without_a_coordinator_the_plugin_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOTWEIGHTS_ENDPOINT", raising=False)
     monkeypatch.delenv("HOTWEIGHTS_COORD", raising=False)
-    monkeypatch.setattr(vllm_auto, "_patch_front_end", lambda: pytest.fail("patched"))
+    monkeypatch.setattr(vllm_auto, "_patch_async_llm", lambda: pytest.fail("patched"))
     vllm_auto.register()
 
 
@@ -167,7 +167,7 @@ def test_a_bad_setting_leaves_the_engine_alone_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("HOTWEIGHTS_ENDPOINT", "nonsense")
-    monkeypatch.setattr(vllm_auto, "_patch_front_end", lambda: pytest.fail("patched"))
+    monkeypatch.setattr(vllm_auto, "_patch_async_llm", lambda: pytest.fail("patched"))
     vllm_auto.register()
     assert "leaves this engine alone" in caplog.text
 
@@ -177,18 +177,3 @@ def test_autobind_without_a_coordinator_says_how_to_name_one(monkeypatch: pytest
     monkeypatch.delenv("HOTWEIGHTS_COORD", raising=False)
     with pytest.raises(BadSetting, match="endpoint="):
         vllm_auto.install_autobind()
-
-
-@pytest.mark.parametrize(
-    ("data_parallel", "clients", "says"), [(1, 1, ""), (2, 1, "data parallel 2"), (1, 2, "2 API servers")]
-)
-def test_shapes_that_are_not_supported_are_named(data_parallel: int, clients: int, says: str) -> None:
-    class Shape:
-        class vllm_config:  # noqa: N801 - stands for an attribute
-            class parallel_config:  # noqa: N801
-                data_parallel_size = data_parallel
-                nnodes = 1
-
-    answer = vllm_auto.unsupported(Shape, clients)
-    assert says in answer
-    assert bool(answer) == bool(says)

@@ -1,6 +1,6 @@
 """Swaps in one live vLLM engine, against what freshly started engines answer.
 
-The tests share the engine; each leaves it serving v1. The last one tears it.
+The tests share the engine of conftest.py; each leaves it serving v1.
 """
 
 import asyncio
@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.models import make_checkpoint
 
-from .live_engine import PROMPTS, LiveEngine, Oracle, fresh_oracle
+from .live_engine import PROMPTS, LiveEngine, Oracle
 from .swaps import ROUTES, check_every_failure, check_there_and_back, prepare
 
 pytestmark = [
@@ -25,30 +24,6 @@ pytestmark = [
     # vLLM's and its dependencies' own warnings are not ours to mend.
     pytest.mark.filterwarnings("ignore"),
 ]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("checkpoints")
-    return {name: make_checkpoint(root / name, seed) for name, seed in (("v1", 1), ("v2", 2))}
-
-
-@pytest.fixture(scope="module")
-def v2(folders: dict[str, Path]) -> Oracle:
-    return fresh_oracle(folders["v2"])
-
-
-@pytest.fixture(scope="module")
-def engine(folders: dict[str, Path], v2: Oracle) -> Iterator[LiveEngine]:
-    engine = LiveEngine(folders["v1"])
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def v1(engine: LiveEngine) -> Oracle:
-    """Asked before anything was swapped: this engine is freshly started too."""
-    return engine.oracle()
 
 
 @pytest.fixture
@@ -235,10 +210,9 @@ def test_calls_out_of_order_are_refused_and_harm_nothing(
 def test_the_same_request_asked_before_and_after_meets_no_old_cache_blocks(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle
 ) -> None:
-    from hotweights.adapters.vllm_engine import VllmEngine
     from hotweights.worker_client.window.window import Outcome, WindowOrder, call_ranks, fingerprints, run_window
 
-    live = VllmEngine(engine.llm, engine.loop)
+    live = engine.windowed
 
     async def swap(folder: str, mode: Any, before: tuple[bytes, ...]) -> tuple[bytes, ...]:
         order = WindowOrder(folder, "v", mode, time.monotonic() + 10, 20.0, 30.0)
@@ -273,9 +247,9 @@ def test_orders_of_a_coordinator_swap_the_engine_and_take_it_back(
 async def _follow_orders(engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle) -> None:
     from tests.worker_client.window.fakes import FakeAgent, FakeStream
 
-    from hotweights.adapters.vllm_engine import VllmEngine
     from hotweights.v1 import worker_service_pb2 as pb
-    from hotweights.worker_client.window.controller import Identity, Images, ReplicaController
+    from hotweights.worker_client.window.controller import Identity, ReplicaController
+    from hotweights.worker_client.window.identify import Images
 
     agent, stream = FakeAgent(), FakeStream()
     agent.held, agent.folders = {b"v1", b"v2"}, {name.encode(): folder for name, folder in folders.items()}
@@ -283,7 +257,7 @@ async def _follow_orders(engine: LiveEngine, folders: dict[str, Path], v1: Oracl
     async def connect() -> Images:
         return agent
 
-    controller = ReplicaController(Identity("r", "n"), VllmEngine(engine.llm, engine.loop), connect, stream.open)
+    controller = ReplicaController(Identity("r", "n"), engine.windowed, connect, stream.open)
     running = asyncio.ensure_future(controller.run())
 
     async def ordered(digest: bytes, **more: Any) -> pb.Report:
@@ -322,34 +296,6 @@ async def _follow_orders(engine: LiveEngine, folders: dict[str, Path], v1: Oracl
     await stream.give(end=pb.EndUpdate())
     controller.close()
     await asyncio.wait_for(running, 10)
-
-
-def test_a_rank_that_hangs_tears_the_engine_and_its_process_is_ended(
-    engine: LiveEngine, folders: dict[str, Path], v1: Oracle
-) -> None:
-    from hotweights.adapters.vllm_engine import VllmEngine
-    from hotweights.worker_client.window.window import Outcome, WindowOrder, run_window
-
-    before = (prepare(engine, folders["v2"])["fingerprint"],)
-    core = engine.rpc("identify")["pid"]
-    engine.inject("apply.start:hang=60")
-    order = WindowOrder(str(folders["v2"]), "v2", "recompute", time.monotonic() + 10, 10.0, 1.0)
-    begun = time.monotonic()
-    result = asyncio.run(run_window(VllmEngine(engine.llm, engine.loop), order, before))
-    assert result.outcome is Outcome.TORN
-    assert "did not answer within 1 s" in result.reason
-    assert time.monotonic() - begun < 10
-    ends = time.monotonic() + 10
-    while _runs(core) and time.monotonic() < ends:
-        time.sleep(0.05)
-    assert not _runs(core)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_the_checkpoints_differ_in_weights_only(folders: dict[str, Path]) -> None:

@@ -1,12 +1,12 @@
 """An engine, an agent and a session stream in memory: for tests of the window and the controller, not of them."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hotweights.v1 import worker_service_pb2 as pb
-from hotweights.worker_client.window.engine import EngineFacts, EngineFailed, PauseMode, Status
+from hotweights.worker_client.window.engine import EngineFacts, EngineFailed, PauseMode, Process, Status
 
 
 class FakeEngine:
@@ -21,6 +21,14 @@ class FakeEngine:
         self.tag = ""
         self.calls: list[str] = []
         self.killed = ""
+        self.ended: tuple[Process, ...] = ()
+        self.device = "cpu"
+        self.condemned = ""
+        self.asleep = 0
+        self.owner_paused = False
+        self.salt = ""
+        self.reading = False
+        self.wakes = asyncio.Event()
         self.does: dict[str, Callable[..., Awaitable[Any]]] = {}
 
     def proof(self, rank: int) -> bytes:
@@ -37,9 +45,28 @@ class FakeEngine:
         await self._done("pause", mode)
         self.paused = True
 
-    async def resume(self) -> None:
+    async def resume(self, salt: str) -> bool:
         await self._done("resume")
-        self.paused = False
+        self.paused, self.salt = False, salt or self.salt
+        return not self.owner_paused
+
+    async def cores(self) -> list[Process]:
+        return [Process(99, 1)]
+
+    async def read(self, begin: bool) -> int:
+        self.reading = begin and not self.asleep
+        return self.asleep
+
+    async def await_wake(self) -> None:
+        self.calls.append("await_wake")
+        await self.wakes.wait()
+
+    def wake(self) -> None:
+        self.asleep = 0
+        self.wakes.set()
+
+    async def let_wake(self) -> None:
+        self.calls.append("let_wake")
 
     async def rpc(self, method: str, *args: Any) -> list[Status]:
         name = method.removeprefix("hotweights_")
@@ -54,7 +81,7 @@ class FakeEngine:
         ]
 
     def _identify(self, rank: int) -> Status:
-        return {"pid": 100 + rank}
+        return {"pid": 100 + rank, "started": 1, "device": self.device}
 
     def _fingerprint(self, rank: int) -> Status:
         return {"done": True, "fingerprint": self.proof(rank)}
@@ -91,8 +118,11 @@ class FakeEngine:
         answer = await self._done("reset")
         return answer is not False
 
-    async def kill(self, reason: str) -> None:
-        self.killed = reason
+    async def kill(self, processes: Sequence[Process], reason: str) -> None:
+        self.killed, self.ended = reason, tuple(processes)
+
+    def condemn(self, reason: str) -> None:
+        self.condemned = reason
 
 
 def refuses(engine: FakeEngine, name: str, reason: str, *, rank: int = 1) -> None:
@@ -157,11 +187,13 @@ class FakeStream:
         self.closed = asyncio.Event()
         self.hello: Callable[[], pb.Hello] | None = None
         self.on_order: Callable[[pb.Order], Awaitable[str]] | None = None
+        self.welcome: Callable[[], None] = lambda: None
         self._number = 0
 
     def open(self, hello: Any, on_order: Any, welcomed: Any) -> "FakeStream":
         self.hello, self.on_order = hello, on_order
-        welcomed(pb.Welcome(model="m"))
+        self.welcome = lambda: welcomed(pb.Welcome(model="m"))
+        self.welcome()
         return self
 
     async def run(self) -> None:

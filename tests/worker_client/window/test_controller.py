@@ -2,75 +2,21 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tests.worker_client.window.benches import V1, V2, V3, Bench, running, until
 from tests.worker_client.window.fakes import FakeAgent, FakeEngine, FakeStream, hangs, refuses
 
 from hotweights.v1 import worker_service_pb2 as pb
-from hotweights.worker_client.window.controller import Identity, Images, ReplicaController
-
-V1, V2, V3 = b"base", b"v2", b"v3"
-
-
-@dataclass
-class Bench:
-    """A controller between a fake coordinator, a fake agent and a fake engine."""
-
-    engine: FakeEngine = field(default_factory=FakeEngine)
-    agent: FakeAgent = field(default_factory=FakeAgent)
-    stream: FakeStream = field(default_factory=FakeStream)
-    controller: ReplicaController | None = None
-
-    async def prepare(self, digest: bytes) -> pb.Report:
-        assert await self.stream.give(prepare=pb.PrepareImage(manifest_digest=digest, deadline_s=5)) == ""
-        return await self.stream.take()
-
-    async def apply(self, digest: bytes, **more: Any) -> pb.Report:
-        order = pb.ApplyImage(
-            manifest_digest=digest,
-            **{
-                "version": digest.decode(),
-                "validity_s": 5,
-                "quiesce_deadline_s": 0.3,
-                "apply_deadline_s": 0.3,
-                **more,
-            },
-        )
-        assert await self.stream.give(apply=order) == ""
-        return await self.stream.take()
-
-    async def end(self) -> None:
-        await self.stream.give(end=pb.EndUpdate(committed=True))
-        await until(lambda: "release" in self.engine.calls)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async def poll() -> None:
-        while not true():  # noqa: ASYNC110 - what is waited for is a fake without an event
-            await asyncio.sleep(0.01)
-
-    await asyncio.wait_for(poll(), 5)
+from hotweights.worker_client.window.controller import Identity, ReplicaController
+from hotweights.worker_client.window.identify import Images
 
 
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
-    bench = Bench()
-    bench.agent.held = {V1, V2, V3}
-
-    async def connect() -> Images:
-        return bench.agent
-
-    bench.controller = ReplicaController(Identity("r1", "n1"), bench.engine, connect, bench.stream.open)
-    running = asyncio.ensure_future(bench.controller.run())
-    changed = await bench.stream.take()
-    assert changed.active_changed.active_digest == V1
-    yield bench
-    bench.controller.close()
-    await asyncio.wait_for(running, 5)
-    assert bench.agent.closed
+    async with running(Bench()) as bench:
+        yield bench
 
 
 async def test_until_it_knows_what_is_served_it_says_that_it_is_finding_out() -> None:

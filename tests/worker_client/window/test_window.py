@@ -8,10 +8,11 @@ import pytest
 from tests.worker_client.window.fakes import FakeEngine, fails, hangs, refuses
 
 from hotweights.worker_client.window import window as window_module
-from hotweights.worker_client.window.engine import PauseMode
+from hotweights.worker_client.window.engine import PauseMode, Process
 from hotweights.worker_client.window.window import Outcome, WindowOrder, WindowResult, run_window
 
 TARGET = "/stage/v2"
+PROCESSES = (Process(7, 1),)
 BEFORE = (b"0:/base", b"1:/base")
 
 
@@ -23,6 +24,7 @@ def an_order(mode: PauseMode = "recompute") -> WindowOrder:
         begin_by=time.monotonic() + 10,
         quiesce_deadline_s=0.2,
         apply_deadline_s=0.2,
+        processes=PROCESSES,
     )
 
 
@@ -179,3 +181,53 @@ async def test_the_times_of_the_parts_are_apart() -> None:
     assert times.quiesce_ms >= 45
     assert times.apply_ms < 45
     assert times.resume_ms < 45
+
+
+async def test_an_engine_that_its_owner_paused_is_written_and_stays_paused() -> None:
+    engine = FakeEngine()
+    engine.owner_paused = True
+    result = await opened(engine)
+    assert result.outcome is Outcome.APPLIED
+    assert "paused" in result.note
+
+
+async def test_keep_drops_no_cache_and_salts_what_comes_after() -> None:
+    engine = FakeEngine()
+    result = await opened(engine, an_order("keep"))
+    assert result.outcome is Outcome.APPLIED
+    assert engine.calls == ["pause", "apply", "tag", "resume"]
+    assert engine.salt == "v2"
+
+
+async def test_keep_drops_the_caches_after_an_undo_and_salts_nothing() -> None:
+    engine = FakeEngine()
+    refuses(engine, "apply", "broken")
+    result = await opened(engine, an_order("keep"))
+    assert result.outcome is Outcome.UNDONE
+    assert engine.calls == ["pause", "apply", "undo", "reset", "resume"]
+    assert engine.salt == ""
+
+
+async def test_a_torn_engine_is_condemned_and_its_processes_are_ended_by_id() -> None:
+    engine = FakeEngine()
+    hangs(engine, "apply")
+    result = await opened(engine)
+    assert engine.condemned == result.reason
+    assert engine.ended == PROCESSES
+
+
+async def test_a_torn_engine_that_is_to_stay_is_condemned_and_left_paused() -> None:
+    engine = FakeEngine()
+    hangs(engine, "apply")
+    result = await opened(engine, dataclasses.replace(an_order(), processes=()))
+    assert result.outcome is Outcome.TORN
+    assert (engine.condemned, engine.killed, engine.paused) == (result.reason, "", True)
+
+
+async def test_without_a_way_back_a_failed_apply_tears_the_replica() -> None:
+    engine = FakeEngine()
+    refuses(engine, "apply", "broken")
+    result = await opened(engine, dataclasses.replace(an_order(), no_way_back="its weights were discarded"))
+    assert result.outcome is Outcome.TORN
+    assert result.reason == "its weights were discarded: rank 1: broken"
+    assert "undo" not in engine.calls

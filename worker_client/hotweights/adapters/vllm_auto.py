@@ -3,11 +3,11 @@
     pip install + HOTWEIGHTS_ENDPOINT  --vLLM's plugin loading-->  register()   in front end, engine core, every rank
     install_autobind(endpoint=...)     ------------------------->  register()   and the same in child processes
 
-`register` gives every worker the `hotweights_*` methods, and every AsyncLLM a controller beside it. Unless a
-coordinator is configured it does nothing at all.
+`register` gives every worker the `hotweights_*` methods, every engine core its gate, and every engine a controller
+beside its front end: AsyncLLM (the OpenAI server too, in the first of its API servers) or the LLMEngine of an offline
+LLM. Unless a coordinator is configured it does nothing at all.
 """
 
-import asyncio
 import dataclasses
 import functools
 import inspect
@@ -18,8 +18,10 @@ import weakref
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hotweights.adapters import vllm_worker
+from hotweights.adapters import vllm_core, vllm_worker
 from hotweights.adapters.settings import settings
+from hotweights.adapters.vllm_engine import TORN, AsyncCores, Cores, SyncCores, VllmEngine, lock_sending
+from hotweights.adapters.vllm_shapes import no_front_end, unsupported
 from hotweights.wire.endpoint import BadEndpoint
 from hotweights.worker_client.config import BadSetting, Config, load_config
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LEFT_ALONE = "hotweights leaves this engine alone"
 _PATCHED = "_hotweights_patched"
 _THREAD = "_hotweights_thread"
 
@@ -54,13 +57,17 @@ def register() -> None:
     try:
         config = load_config()
     except (BadSetting, BadEndpoint) as error:
-        log.error("hotweights leaves this engine alone: %s", error)
+        log.error("%s: %s", LEFT_ALONE, error)
         return
     if config.endpoint is None:
         return
     _speak_through_vllm()
     vllm_worker.install()
-    _patch_front_end()
+    vllm_core.install()
+    _patch_async_llm()
+    _patch_llm_engine()
+    if reason := no_front_end():
+        log.warning("%s: %s", LEFT_ALONE, reason)
 
 
 def _speak_through_vllm() -> None:
@@ -71,13 +78,15 @@ def _speak_through_vllm() -> None:
         ours.setLevel(theirs.level)
 
 
-def _patch_front_end() -> None:
+def _patch_async_llm() -> None:
     """AsyncLLM gets a controller: started where the engine's loop is known, closed before the engine is."""
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.exceptions import EngineDeadError
 
     if getattr(AsyncLLM, _PATCHED, False):
         return
     init, run_handler, shutdown = AsyncLLM.__init__, AsyncLLM._run_output_handler, AsyncLLM.shutdown
+    check_health = AsyncLLM.check_health
     signature = inspect.signature(init)
 
     @functools.wraps(init)
@@ -85,7 +94,9 @@ def _patch_front_end() -> None:
         init(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        _attach(self, bound.arguments.get("client_count", 1), bound.arguments.get("client_index", 0))
+        # Of several API servers over one engine the first one has the controller.
+        if bound.arguments.get("client_index", 0) == 0 and _attach(self):
+            _start(self)
 
     @functools.wraps(run_handler)
     def patched_run_handler(self: Any) -> None:
@@ -99,56 +110,77 @@ def _patch_front_end() -> None:
             thread.close()
         return shutdown(self, *args, **kwargs)
 
+    @functools.wraps(check_health)
+    async def patched_check_health(self: Any) -> None:
+        await check_health(self)
+        if TORN in self.__dict__:
+            raise EngineDeadError()
+
     AsyncLLM.__init__ = patched_init
     AsyncLLM._run_output_handler = patched_run_handler
     AsyncLLM.shutdown = patched_shutdown
+    AsyncLLM.check_health = patched_check_health
     setattr(AsyncLLM, _PATCHED, True)
 
 
-def unsupported(llm: Any, client_count: int) -> str:
-    """Why this shape of engine cannot follow updates; empty when it can."""
-    parallel = llm.vllm_config.parallel_config
-    if client_count > 1:
-        return f"{client_count} API servers share the engine; one is supported"
-    if parallel.data_parallel_size > 1:
-        return f"data parallel {parallel.data_parallel_size} is not supported"
-    if getattr(parallel, "nnodes", 1) > 1:
-        return f"ranks on {parallel.nnodes} nodes are not supported"
-    return ""
+def _patch_llm_engine() -> None:
+    """So does the LLMEngine of an offline LLM, from its start until it is let go."""
+    from vllm.v1.engine.core_client import SyncMPClient
+    from vllm.v1.engine.llm_engine import LLMEngine
 
-
-def _attach(llm: Any, client_count: int, client_index: int) -> None:
-    """After the engine core was started: gRPC must not exist before that fork (FACTS)."""
-    if reason := unsupported(llm, client_count):
-        if client_index == 0:
-            log.warning("hotweights leaves this engine alone: %s", reason)
+    if getattr(LLMEngine, _PATCHED, False):
         return
+    lock_sending(SyncMPClient)
+    init = LLMEngine.__init__
+
+    @functools.wraps(init)
+    def patched_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if _attach(self):
+            thread: ControllerThread = self.__dict__[_THREAD]
+            weakref.finalize(self, thread.close)
+            thread.start()
+
+    LLMEngine.__init__ = patched_init
+    setattr(LLMEngine, _PATCHED, True)
+
+
+def _attach(front_end: Any) -> bool:
+    """After the engine core was started: gRPC must not exist before that fork (FACTS)."""
+    if reason := unsupported(front_end):
+        log.warning("%s: %s", LEFT_ALONE, reason)
+        return False
     from hotweights.worker_client.window.thread import ControllerThread
 
     config = load_config()
     # Weakly: a thread that held the engine would keep it from ever being collected.
-    thread = ControllerThread(functools.partial(_make_controller, weakref.ref(llm), config))
-    llm.__dict__[_THREAD] = thread
+    thread = ControllerThread(functools.partial(_make_controller, weakref.ref(front_end), config))
+    front_end.__dict__[_THREAD] = thread
     if config.use_ipc_agent:
-        llm.hotweights_agent = thread
-    _start(llm)
+        front_end.hotweights_agent = thread
+    return True
 
 
 def _start(llm: Any) -> None:
-    """Once the engine's loop is known: it is the one that its output handler runs on."""
+    """Once an AsyncLLM's loop is known: it is the one that its output handler runs on."""
     thread: ControllerThread | None = llm.__dict__.get(_THREAD)
     if thread is not None and llm.output_handler is not None and not thread.started:
         thread.start()
 
 
+def _cores_of(front_end: Any) -> Cores:
+    handler = getattr(front_end, "output_handler", None)
+    return SyncCores(front_end) if handler is None else AsyncCores(front_end, handler.get_loop())
+
+
 def _make_controller(held: "weakref.ref[Any]", config: Config) -> "ReplicaController":
     """In the controller's thread, on its loop."""
-    from hotweights.adapters.vllm_engine import VllmEngine
     from hotweights.v1 import model_pb2
     from hotweights.worker_client.agent_client import connect_or_start
     from hotweights.worker_client.session import Session
-    from hotweights.worker_client.window.controller import Identity, Images, ReplicaController, Stream
+    from hotweights.worker_client.window.controller import Identity, ReplicaController, Stream
     from hotweights.worker_client.window.engine import EngineFailed
+    from hotweights.worker_client.window.identify import Images
 
     endpoint, llm = config.endpoint, held()
     assert endpoint is not None
@@ -169,6 +201,6 @@ def _make_controller(held: "weakref.ref[Any]", config: Config) -> "ReplicaContro
     def open_stream(hello: Callable[[], Any], on_order: Callable[[Any], Awaitable[str]], welcomed: Any) -> Stream:
         return Session(endpoint, hello, on_order, on_welcome=welcomed, adopt_cluster=config.adopt_cluster)
 
-    loop: asyncio.AbstractEventLoop = llm.output_handler.get_loop()
     log.info("hotweights: replica %s follows %s", identity.replica_id, endpoint)
-    return ReplicaController(identity, VllmEngine(llm, loop), connect_agent, open_stream)
+    engine = VllmEngine(_cores_of(llm))
+    return ReplicaController(identity, engine, connect_agent, open_stream, torn_stays=config.torn == "stay")

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hotweights.adapters.processes import process
+
 if TYPE_CHECKING:
     from hotweights.adapters.rank import Rank
 
@@ -57,7 +59,15 @@ def _rank(worker: Any) -> "Rank":
 def hotweights_identify(self: Any) -> Status:
     """Which process this is."""
     device = str(getattr(self, "device", "cpu"))
-    return {"pid": os.getpid(), "host": socket.gethostname(), "device": device, "dtype": str(self.model_config.dtype)}
+    own = process(os.getpid())
+    host = socket.gethostname()
+    return {
+        "pid": own.pid,
+        "started": own.started,
+        "host": host,
+        "device": device,
+        "dtype": str(self.model_config.dtype),
+    }
 
 
 @_answered

@@ -49,6 +49,7 @@ SETTINGS = (
     Setting("HOTWEIGHTS_USE_IPC_AGENT", "0", "1 sets `hotweights_agent` on the engine"),
     Setting("HOTWEIGHTS_ADOPT_CLUSTER", "0", "1 follows a coordinator whose store was replaced"),
     Setting("HOTWEIGHTS_ROUTE", "auto", "auto, assembled or reload: how weights get into an engine"),
+    Setting("HOTWEIGHTS_TORN", "end", "end or stay: what becomes of a server whose engine is in doubt"),
     Setting("HOTWEIGHTS_FAILPOINTS", "", "for tests: failures to inject"),
 )
 
@@ -77,6 +78,7 @@ class Config:
     use_ipc_agent: bool = False
     adopt_cluster: bool = False
     route: str = "auto"
+    torn: str = "end"
     failpoints: str = ""
 
     def as_environ(self) -> dict[str, str]:
@@ -96,6 +98,7 @@ class Config:
             "HOTWEIGHTS_POLICY": self.policy,
             "HOTWEIGHTS_NAME_MAP": pairs,
             "HOTWEIGHTS_ROUTE": self.route,
+            "HOTWEIGHTS_TORN": self.torn,
         }
 
 
@@ -136,6 +139,12 @@ def _policy(text: str) -> str:
 def _route(text: str) -> str:
     if text not in ("auto", "assembled", "reload"):
         raise BadSetting("HOTWEIGHTS_ROUTE", text, "takes auto, assembled or reload")
+    return text
+
+
+def _torn(text: str) -> str:
+    if text not in ("end", "stay"):
+        raise BadSetting("HOTWEIGHTS_TORN", text, "takes end or stay")
     return text
 
 
@@ -181,5 +190,6 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         use_ipc_agent=env.get("HOTWEIGHTS_USE_IPC_AGENT", "").lower() in _TRUE,
         adopt_cluster=env.get("HOTWEIGHTS_ADOPT_CLUSTER", "").lower() in _TRUE,
         route=_route(env.get("HOTWEIGHTS_ROUTE") or "auto"),
+        torn=_torn(env.get("HOTWEIGHTS_TORN") or "end"),
         failpoints=env.get("HOTWEIGHTS_FAILPOINTS", ""),
     )

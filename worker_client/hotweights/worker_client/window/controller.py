@@ -17,8 +17,10 @@ from typing import Any, Protocol
 
 from hotweights.v1 import fleet_pb2, model_pb2, update_pb2
 from hotweights.v1 import worker_service_pb2 as pb
-from hotweights.wire.errors import HotweightsError, Refused
+from hotweights.wire.errors import HotweightsError
 from hotweights.worker_client.window.engine import Engine, EngineFailed, PauseMode
+from hotweights.worker_client.window.identify import FAILED, Images, Processes, fingerprint, identify_folder, meet
+from hotweights.worker_client.window.sleep import Sleep
 from hotweights.worker_client.window.window import (
     Outcome,
     Unanswered,
@@ -36,35 +38,19 @@ log = logging.getLogger(__name__)
 
 ORDERS_MAX = 8
 CALL_DEADLINE_S = 10.0
-IDENTIFY_DEADLINE_S = 3600.0
 PREPARE_DEADLINE_S = 600.0
 POLL_S = 0.02
-AGENT_RETRY_S = 5.0
 
 _MODES: dict[int, PauseMode] = {
     update_pb2.INFLIGHT_DRAIN: "drain",
     update_pb2.INFLIGHT_ABORT: "abort",
+    update_pb2.INFLIGHT_KEEP: "keep",
 }
 _FAILURES = {
     Outcome.EXPIRED: pb.APPLY_FAILURE_EXPIRED,
     Outcome.UNDONE: pb.APPLY_FAILURE_UNDONE,
     Outcome.TORN: pb.APPLY_FAILURE_TORN,
 }
-# What may go wrong outside this process; anything else is a bug and ends the controller with its traceback.
-_FAILED = (HotweightsError, EngineFailed, Unanswered, Unproven, OSError)
-
-
-class Images(Protocol):
-    """What the controller asks of the node's agent. A client finds an agent that restarted by itself."""
-
-    async def identify_folder(self, folder: Path) -> bytes: ...
-
-    async def map_image(self, digest: bytes, client_id: str) -> Path: ...
-
-    async def release_image(self, digest: bytes, client_id: str) -> None: ...
-
-    async def close(self) -> None:
-        """Lets go of every image."""
 
 
 class Stream(Protocol):
@@ -115,7 +101,7 @@ class _Kept:
     fingerprints: tuple[bytes, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Taken:
     order: pb.Order
     arrived: float
@@ -131,21 +117,27 @@ class ReplicaController:
         connect_agent: Callable[[], Awaitable[Images]],
         open_stream: OpenStream,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        torn_stays: bool = False,
     ) -> None:
+        """`torn_stays`: an engine in doubt is left paused for ever, instead of being ended."""
         self._identity = identity
+        self._torn_stays = torn_stays
+        self._processes = Processes()
         self._engine = engine
         self._connect_agent = connect_agent
         self._clock = clock
+        self._sleep = Sleep(engine, self._say)
         self._stream = open_stream(self._hello, self._on_order, self._welcomed)
         self._orders: asyncio.Queue[_Taken] = asyncio.Queue(ORDERS_MAX)
         self._agent: Images | None = None
-        self._ranks: list[fleet_pb2.Rank] = []
         self._mapped: set[bytes] = set()
         self._prepared: _Prepared | None = None
         self._kept: _Kept | None = None
         self._known: dict[bytes, tuple[bytes, ...]] = {}
         self._last: tuple[tuple[int, int], pb.Report] | None = None
         self._open_window = ""
+        self._lost_weights = False
         self._closing = asyncio.Event()
         self.model = identity.model
         self._identified = False
@@ -173,7 +165,7 @@ class ReplicaController:
 
     async def run(self) -> None:
         """Follows orders until `close`. Raises what a bug raises."""
-        self._ranks = await self._identify_ranks()
+        self._processes = await meet(self._engine)
         tasks = [
             asyncio.ensure_future(work)
             for work in (self._stream.run(), self._follow_orders(), self._identify_base(), self._closing.wait())
@@ -196,23 +188,15 @@ class ReplicaController:
 
     # Who we are
 
-    async def _identify_ranks(self) -> list[fleet_pb2.Rank]:
-        answers = await call_ranks(self._engine, "hotweights_identify", CALL_DEADLINE_S)
-        if failed := refusals(answers):
-            raise EngineFailed(failed)
-        # One machine so far: a rank's node is the replica's.
-        return [
-            fleet_pb2.Rank(index=int(answer["rank"]), node_id=self._identity.node_id, pid=int(answer["pid"]))
-            for answer in sorted(answers, key=lambda answer: int(answer["rank"]))
-        ]
-
     def _hello(self) -> pb.Hello:
+        node = self._identity.node_id
         replica = pb.ReplicaHello(
             replica_id=self._identity.replica_id,
             model=self._identity.model,
             policy=self._identity.policy,
             active_digest=self.active_digest,
-            ranks=self._ranks,
+            # One machine so far: a rank's node is the replica's.
+            ranks=[fleet_pb2.Rank(index=i, node_id=node, pid=pid) for i, pid in enumerate(self._processes.rank_pids)],
             engine=self._engine.facts.name,
             open_window=self._open_window,
             fingerprints=self.fingerprints,
@@ -222,14 +206,16 @@ class ReplicaController:
 
     def _welcomed(self, welcome: pb.Welcome) -> None:
         self.model = welcome.model
+        if self._sleep.deferred is not None:  # a new leader does not know yet
+            self._stream.report(self._sleep.deferred)
         log.info("replica %s follows model %s", self._identity.replica_id, welcome.model)
 
     async def _identify_base(self) -> None:
         """Finds out what the engine was started on, beside everything else."""
         digest, note = b"", "the engine was not started from a checkpoint folder"
         if self._engine.facts.folder:
-            digest, note = await self._ask_until_answered(Path(self._engine.facts.folder))
-        proof = await self._fingerprint()
+            digest, note = await identify_folder(self._images, Path(self._engine.facts.folder))
+        proof = await fingerprint(self._engine, self._sleep, lambda: bool(self.torn), lambda: bool(self._open_window))
         self._identified = True
         if self.active_digest or self._open_window or self._kept is not None:
             return  # a window was opened meanwhile, and that one knows
@@ -239,37 +225,8 @@ class ReplicaController:
         changed = pb.ActiveChanged(active_digest=digest, fingerprints=proof, note=note)
         self._stream.report(pb.Report(active_changed=changed))
 
-    async def _ask_until_answered(self, folder: Path) -> tuple[bytes, str]:
-        """The folder's digest, or why it has none."""
-        said = ""
-        while True:
-            try:
-                agent = await self._images()
-                return await within(IDENTIFY_DEADLINE_S, "the agent", agent.identify_folder(folder)), ""
-            except Refused as error:
-                if self._agent is not None:
-                    log.warning("%s is no image: %s", folder, error)
-                    return b"", str(error)
-                said = _say_once(said, f"no agent for this replica: {error}")
-            except _FAILED as error:
-                said = _say_once(said, f"cannot identify {folder} yet: {error}")
-            await asyncio.sleep(AGENT_RETRY_S)
-
-    async def _fingerprint(self) -> tuple[bytes, ...]:
-        """Of what serves now; empty when a rank cannot tell."""
-        ends = self._clock() + PREPARE_DEADLINE_S
-        try:
-            while self._clock() < ends and not self.torn:
-                if not self._open_window:
-                    answers = await call_ranks(self._engine, "hotweights_fingerprint", CALL_DEADLINE_S)
-                    if failed := refusals(answers):
-                        raise EngineFailed(failed)
-                    if all(answer["done"] for answer in answers):
-                        return fingerprints(answers)
-                await asyncio.sleep(POLL_S)
-        except (EngineFailed, Unanswered, Unproven) as error:
-            log.warning("no fingerprint of what is served: %s", error)
-        return ()
+    def _say(self, report: pb.Report) -> None:
+        self._stream.report(report)
 
     async def _images(self) -> Images:
         if self._agent is None:
@@ -287,6 +244,7 @@ class ReplicaController:
         if self._last is not None and self._last[0] == key:
             self._stream.report(self._last[1])
             return ""
+        self._sleep.newer_order()
         try:
             self._orders.put_nowait(_Taken(order, self._clock()))
         except asyncio.QueueFull:
@@ -313,7 +271,7 @@ class ReplicaController:
     async def _do_prepare(self, order: pb.PrepareImage, report: pb.Report) -> None:
         try:
             await self._prepare(order.manifest_digest, order.deadline_s or PREPARE_DEADLINE_S)
-        except (PrepareRefused, *_FAILED) as error:
+        except (PrepareRefused, *FAILED) as error:
             log.warning("preparing %s failed: %s", order.manifest_digest.hex()[:12], error)
             report.prepare_failed.reason = str(error)
             return
@@ -321,7 +279,17 @@ class ReplicaController:
         report.prepared.base_digest = self.active_digest
 
     async def _prepare(self, digest: bytes, deadline_s: float) -> None:
-        """Every rank maps and checks. Raises PrepareRefused and what fails outside."""
+        """Every rank maps and checks. Raises PrepareRefused and what fails outside.
+
+        Asleep, the engine's parameters cannot be read: then all of it is done once it wakes, in its window.
+        """
+        async with self._sleep.kept_away() as level:
+            if level:
+                log.info("the engine is asleep at level %d: what was staged is checked when it wakes", level)
+                return
+            await self._prepare_ranks(digest, deadline_s)
+
+    async def _prepare_ranks(self, digest: bytes, deadline_s: float) -> None:
         if digest == self.active_digest or (self._prepared is not None and self._prepared.digest == digest):
             return
         ends = self._clock() + deadline_s
@@ -357,7 +325,7 @@ class ReplicaController:
         failed = report.apply_failed
         try:
             result = await self._apply(taken)
-        except (PrepareRefused, *_FAILED) as error:
+        except (PrepareRefused, *FAILED) as error:
             # Before the pause: nothing was touched.
             failed.failure, failed.reason = pb.APPLY_FAILURE_UNDONE, str(error)
             failed.active_digest = self.active_digest
@@ -367,13 +335,15 @@ class ReplicaController:
             report.applied.active_digest = self.active_digest
             report.applied.fingerprints.extend(self.fingerprints)
             report.applied.window.CopyFrom(window)
+            report.applied.note = result.note
             self.last_window = window
             log.info("now serving %s; paused %.1f ms", order.version or "the base", _paused_ms(window))
             return
         log.warning("window of %s: %s, %s", order.version, result.outcome.value, result.reason)
         if result.outcome is Outcome.TORN:
             self.torn = result.reason
-            log.error("TORN: %s. The engine's processes were ended; restart the server.", result.reason)
+            ended = "It stays paused" if self._torn_stays else "Its processes were ended"
+            log.error("TORN: %s. %s: it may be half-written. Restart the server.", result.reason, ended)
         failed.failure, failed.reason = _FAILURES[result.outcome], result.reason
         failed.active_digest = self.active_digest
         failed.window.CopyFrom(window)
@@ -382,15 +352,38 @@ class ReplicaController:
         order = taken.order.apply
         target = order.manifest_digest
         if order.restore and self._kept is not None and target in (self._kept.digest, b""):
-            return await self._run(taken, "", self._kept.fingerprints)
+            proof = self._kept.fingerprints
+            return await self._awake(taken, lambda: self._run(taken, "", proof))
         if target == self.active_digest or (order.restore and not target):
             self.active_version = order.version or self.active_version
             return WindowResult(Outcome.APPLIED, fingerprints=self.fingerprints)
         if self._clock() > taken.arrived + order.validity_s:
             return WindowResult(Outcome.EXPIRED, "the order had waited too long behind another")
-        await self._prepare(target, order.apply_deadline_s or PREPARE_DEADLINE_S)
-        assert self._prepared is not None
+        return await self._awake(taken, lambda: self._apply_image(taken))
+
+    async def _apply_image(self, taken: _Taken) -> WindowResult:
+        target = taken.order.apply.manifest_digest
+        await self._prepare(target, taken.order.apply.apply_deadline_s or PREPARE_DEADLINE_S)
+        if self._prepared is None or self._prepared.digest != target:
+            return WindowResult(Outcome.EXPIRED, "the engine fell asleep again before its window")
         return await self._run(taken, str(self._prepared.folder), self._known.get(target, ()))
+
+    async def _awake(self, taken: _Taken, open_window: Callable[[], Awaitable[WindowResult]]) -> WindowResult:
+        """The window's result; of an engine that is asleep, opened when its owner wakes it, before anything runs."""
+        level = await self._sleep.level()
+        if not level:
+            return await open_window()
+        self._open_window = taken.order.update_id or "?"  # so that a reconnect is not taken for a lost order
+        self._lost_weights = level > 1 and self._processes.lose_weights_asleep and self._prepared is None
+        try:
+            if reason := await self._sleep.wait_for_wake(taken.order, level):
+                return WindowResult(Outcome.EXPIRED, reason)
+            taken.arrived = self._clock()
+            return await open_window()
+        finally:
+            self._open_window, self._lost_weights = "", False
+            if not self.torn:
+                await self._sleep.let_wake()
 
     async def _run(self, taken: _Taken, folder: str, expected: tuple[bytes, ...]) -> WindowResult:
         order, prepared = taken.order.apply, self._prepared
@@ -403,6 +396,8 @@ class ReplicaController:
             quiesce_deadline_s=order.quiesce_deadline_s,
             apply_deadline_s=order.apply_deadline_s,
             expected=expected,
+            no_way_back="sleep level 2 had discarded the weights of before" if self._lost_weights else "",
+            processes=() if self._torn_stays else self._processes.all,
         )
         self._open_window = taken.order.update_id or "?"
         result = await run_window(self._engine, window, before, self._clock)
@@ -453,13 +448,6 @@ class ReplicaController:
             resume_ms=result.times.resume_ms,
             total_ms=(self._clock() - arrived) * 1000.0,
         )
-
-
-def _say_once(said: str, text: str) -> str:
-    """Warns when the text is news; gives what was said last."""
-    if text != said:
-        log.warning("%s", text)
-    return text
 
 
 def _paused_ms(window: update_pb2.WindowTimes) -> float:

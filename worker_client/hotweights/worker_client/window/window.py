@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
-from hotweights.worker_client.window.engine import Engine, EngineFailed, PauseMode, Status
+from hotweights.worker_client.window.engine import Engine, EngineFailed, PauseMode, Process, Status
 
 RESUME_DEADLINE_S = 10.0
 KILL_DEADLINE_S = 10.0
@@ -47,6 +47,10 @@ class WindowOrder:
     apply_deadline_s: float
     expected: tuple[bytes, ...] = ()
     """Fingerprints the ranks must have afterwards, where they are known."""
+    no_way_back: str = ""
+    """Why the weights of before cannot be brought back; empty where they can."""
+    processes: tuple[Process, ...] = ()
+    """What to end when the engine is in doubt; empty leaves it paused for ever."""
 
 
 @dataclass
@@ -67,6 +71,7 @@ class WindowResult:
     times: Times = field(default_factory=Times)
     fingerprints: tuple[bytes, ...] = ()
     answers: tuple[Status, ...] = ()
+    note: str = ""
 
 
 class Unanswered(Exception):
@@ -85,12 +90,12 @@ async def within(deadline_s: float, what: str, call: Awaitable[T]) -> T:
     task = asyncio.ensure_future(call)
     done, _ = await asyncio.wait({task}, timeout=deadline_s)
     if not done:
-        task.add_done_callback(_drop)
+        task.add_done_callback(drop_late)
         raise Unanswered(what, deadline_s)
     return task.result()
 
 
-def _drop(task: "asyncio.Future[Any]") -> None:
+def drop_late(task: "asyncio.Future[Any]") -> None:
     """A result that came too late is nobody's; asking for its error keeps asyncio from complaining."""
     if not task.cancelled():
         task.exception()
@@ -151,7 +156,7 @@ class Window:
         answers = await self._write()
         failed = refusals(answers) or self._unexpected(answers) or await self._commit()
         if failed:
-            proof = await self._undo() if self._order.folder else self._give_up(failed)
+            proof = await self._undo(failed)
             self._times.apply_ms = self._since(begun)
             return await self._close(Outcome.UNDONE, failed, proof)
         self._times.apply_ms = self._since(begun)
@@ -181,7 +186,7 @@ class Window:
     async def _commit(self) -> str:
         """Tags and caches; why they failed, or empty."""
         try:
-            if not await within(RESUME_DEADLINE_S, "resetting the caches", self._engine.reset_caches()):
+            if self._order.mode != "keep" and not await self._reset_caches():
                 return "a cache is still held by requests and would serve what the old weights computed"
             # Last: what is undone must not have been tagged.
             await within(RESUME_DEADLINE_S, "tagging", self._engine.set_weight_version(self._order.version))
@@ -189,28 +194,39 @@ class Window:
             return str(error)
         return ""
 
-    async def _undo(self) -> tuple[bytes, ...]:
+    async def _reset_caches(self) -> bool:
+        return await within(RESUME_DEADLINE_S, "resetting the caches", self._engine.reset_caches())
+
+    async def _undo(self, failed: str) -> tuple[bytes, ...]:
+        if not self._order.folder:
+            raise Unproven(f"going back failed, and there is no way back from that: {failed}")
+        if self._order.no_way_back:
+            raise Unproven(f"{self._order.no_way_back}: {failed}")
         answers = await call_ranks(self._engine, "hotweights_undo", self._order.apply_deadline_s)
         if failed := refusals(answers):
             raise Unproven(f"the undo failed: {failed}")
         if fingerprints(answers) != self._before:
             raise Unproven("the undo did not bring back what was served before")
+        # The other modes dropped all blocks when they paused; these are of before an undo, which clears the memory.
+        if self._order.mode == "keep" and not await self._reset_caches():
+            raise Unproven("a cache is still held by requests after the undo")
         return self._before
-
-    def _give_up(self, failed: str) -> tuple[bytes, ...]:
-        raise Unproven(f"going back failed, and there is no way back from that: {failed}")
 
     async def _close(
         self, outcome: Outcome, reason: str, proof: tuple[bytes, ...], answers: tuple[Status, ...] = ()
     ) -> WindowResult:
         begun = self._clock()
-        await within(RESUME_DEADLINE_S, "resume", self._engine.resume())
+        salt = self._order.version if self._order.mode == "keep" and outcome is Outcome.APPLIED else ""
+        resumed = await within(RESUME_DEADLINE_S, "resume", self._engine.resume(salt))
         self._times.resume_ms = self._since(begun)
-        return WindowResult(outcome, reason, self._times, proof, answers)
+        note = "" if resumed else "still paused, as its owner had left it"
+        return WindowResult(outcome, reason, self._times, proof, answers, note)
 
     async def _kill(self, reason: str) -> None:
         try:
-            await within(KILL_DEADLINE_S, "kill", self._engine.kill(reason))
+            self._engine.condemn(reason)
+            if self._order.processes:
+                await within(KILL_DEADLINE_S, "kill", self._engine.kill(self._order.processes, reason))
         except (Unanswered, EngineFailed):
             # It is dead already, or nothing more can be done from here: the outcome says torn either way.
             return
