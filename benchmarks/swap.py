@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.report import Report, progress
+from hotweights.adapters import vllm_auto
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from random_llama import make_checkpoint
@@ -42,6 +43,9 @@ class Server:
     def __init__(self, folder: Path) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        # The plugin is in the engine core as in a server; the benchmark itself takes the controller's place.
+        os.environ["HOTWEIGHTS_ENDPOINT"] = "tcp://127.0.0.1:9"
+        vllm_auto._attach = lambda front_end: False
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.llm: Any = self.call(self._start(folder), START_DEADLINE_S)
@@ -122,9 +126,9 @@ def window_times(server: Server, engine: Any, folder: Path, route: str) -> dict[
 
 def measure(server: Server, disk: list[Path], staged: list[Path], runs: int) -> dict[str, list[float]]:
     """Seconds of every part, one entry a run. The three ways take turns in one engine."""
-    from hotweights.adapters.vllm_engine import VllmEngine
+    from hotweights.adapters.vllm_engine import AsyncCores, VllmEngine
 
-    engine = VllmEngine(server.llm, server.loop)
+    engine = VllmEngine(AsyncCores(server.llm, server.loop))
     taken: dict[str, list[float]] = {}
     for run in range(-WARM_UP, runs):
         # The engine has disk[0]; there, back and there, so that each way writes what the engine does not have.
