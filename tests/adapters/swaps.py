@@ -54,6 +54,7 @@ def window(
     mode: PauseMode = "recompute",
     *,
     apply_deadline_s: float = 60.0,
+    torn_stays: bool = False,
 ) -> WindowResult:
     """Opens one window as the controller does; "" goes back to what is kept."""
     live = engine.windowed
@@ -66,11 +67,11 @@ def window(
             begin_by=time.monotonic() + 10,
             quiesce_deadline_s=20.0,
             apply_deadline_s=apply_deadline_s,
-            processes=(*ranks_before, *await live.cores()),
+            processes=() if torn_stays else (*its_ranks, *await live.cores()),
         )
         return await run_window(live, order, before)
 
-    ranks_before = ranks(engine)
+    its_ranks = ranks(engine)
     return asyncio.run(opened())
 
 

@@ -103,6 +103,9 @@ class Fleet:
         assert self._running["engine"].poll() is None, (self.folder / "engine.log").read_text()[-4000:]
         return answers(f"{self.url}/health")
 
+    def process(self, name: str) -> "subprocess.Popen[bytes]":
+        return self._running[name]
+
     def kill(self, name: str) -> None:
         """SIGKILL, as a machine or the kernel's memory killer does it."""
         process = self._running.pop(name)

@@ -342,7 +342,7 @@ class ReplicaController:
         log.warning("window of %s: %s, %s", order.version, result.outcome.value, result.reason)
         if result.outcome is Outcome.TORN:
             self.torn = result.reason
-            ended = "It stays paused" if self._torn_stays else "Its processes were ended"
+            ended = "The engine stays paused" if self._torn_stays else "The processes of the engine were ended"
             log.error("TORN: %s. %s: it may be half-written. Restart the server.", result.reason, ended)
         failed.failure, failed.reason = _FAILURES[result.outcome], result.reason
         failed.active_digest = self.active_digest

@@ -1,0 +1,92 @@
+"""An offline LLM follows its model beside a server that follows another, on one coordinator and one agent."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fleet import ENGINE_DEADLINE_S, EXAMPLES, HERE, Fleet, wait_for
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+MODEL = "offline"
+STOP_S = 60.0
+
+
+class Offline:
+    """The program and the last batch that it printed."""
+
+    def __init__(self, fleet: Fleet, folder: Path, log: Path) -> None:
+        environment = {
+            **fleet.environment,
+            "HOTWEIGHTS_REPLICA": "offline-1",
+            "HOTWEIGHTS_USE_IPC_AGENT": "1",
+            "HOTWEIGHTS_FAILPOINTS": "",
+            "PYTHONPATH": f"{EXAMPLES}:{fleet.environment['PYTHONPATH']}",
+        }
+        self.last: dict[str, Any] = {}
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "offline.py"), str(folder), fleet.endpoint, MODEL, *fleet.prompts],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("wb"),
+            env=environment,
+            text=True,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):  # vLLM logs to stdout as well
+                self.last = json.loads(line)
+
+    def serves(self, version: str, outputs: list[str]) -> bool:
+        assert self._process.poll() is None
+        return self.last == {"version": version, "outputs": outputs}
+
+    def end(self) -> int:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return self._process.wait(STOP_S)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(STOP_S)
+
+
+@pytest.fixture
+def offline(fleet: Fleet, checkpoints: dict[str, Path], tmp_path: Path) -> Iterator[Offline]:
+    offline = Offline(fleet, checkpoints["v1"], tmp_path / "offline.log")
+    yield offline
+    offline.kill()
+
+
+def test_an_offline_llm_is_swapped_while_it_generates_and_goes_back_and_ends_by_itself(
+    fleet: Fleet, offline: Offline, checkpoints: dict[str, Path], oracles: dict[str, Any]
+) -> None:
+    fleet.json("publish", str(checkpoints["v1"]), "--model", MODEL, "--version", "v1")
+    of = {name: oracle["outputs"] for name, oracle in oracles.items()}
+    wait_for("v1 under its name", lambda: offline.serves("v1", of["v1"]), ENGINE_DEADLINE_S)
+    # Its policy is auto, as install_autobind asks: nobody has to start the update.
+    fleet.json("publish", str(checkpoints["v2"]), "--model", MODEL, "--version", "v2")
+    wait_for("v2", lambda: offline.serves("v2", of["v2"]))
+    assert fleet.json("rollback", "--model", MODEL)["phase"] == "UPDATE_PHASE_COMMITTED"
+    wait_for("v1 again", lambda: offline.serves("v1", of["v1"]))
+    assert fleet.outputs() == of["v1"], "the server follows a model of its own"
+    assert offline.end() == 0
+    wait_for("its leaving", lambda: not _connected(fleet))
+
+
+def _connected(fleet: Fleet) -> bool:
+    return any(replica["id"] == "offline-1" and replica.get("connected") for replica in fleet.status()["replicas"])
