@@ -1,9 +1,16 @@
 # The coordinator: no torch, no weights, not root.  docker build -t hotweights .
+# The same image runs a node's agent: docker run ... hotweights agent (deploy/kubernetes shows it).
+#
+# PYTHON is any image with python3 (3.10 or later) and its venv module: your own base, with your own certificates and
+# pip configuration in it, if you build behind a mirror.
 ARG PYTHON=python:3.12-slim
 
 FROM ${PYTHON} AS build
 COPY . /src
-RUN python3 -m venv /opt/hotweights && /opt/hotweights/bin/pip install --no-cache-dir "/src[coordinator]"
+# pip stays behind: nothing is installed into a running container.
+RUN python3 -m venv /opt/hotweights \
+ && /opt/hotweights/bin/pip install --no-cache-dir "/src[coordinator]" \
+ && /opt/hotweights/bin/pip uninstall --yes --quiet pip setuptools
 
 FROM ${PYTHON}
 COPY --from=build /opt/hotweights /opt/hotweights
