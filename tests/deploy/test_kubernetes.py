@@ -1,5 +1,6 @@
 """deploy/kubernetes: what the API server would take, and what our own programs would."""
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -75,7 +76,7 @@ def settings_of(container: Any, resources: list[Any]) -> dict[str, str]:
         found |= settings["data"]
     for variable in container.get("env", []):
         found[variable["name"]] = variable.get("value") or variable["valueFrom"]["fieldRef"]["fieldPath"]
-    return {name: value.replace("$(POD_IP)", "10.1.2.3") for name, value in found.items()}
+    return {name: re.sub(r"\$\((\w+)\)", lambda other: found[other[1]], value) for name, value in found.items()}
 
 
 def test_every_resource_passes_the_schema_of_the_oldest_and_the_newest_kubernetes(
@@ -118,7 +119,10 @@ def test_agent_and_engine_read_the_same_stage_socket_and_coordinator(ours: list[
     assert not agent.endpoint.is_loopback
     assert agent.in_kubernetes
     assert engine.replica
-    assert agent.advertise.endswith(":5556")
+    (agents,) = (r for r in ours if r["kind"] == "Service" and r["spec"].get("clusterIP") == "None")
+    (port,) = (port["port"] for port in agents["spec"]["ports"])
+    assert agent.advertise == f"{agent.node}.{agents['metadata']['name']}:{port}"
+    assert agent.listen == f"0.0.0.0:{port}"
     # The stage lies in the volume, but is not its root, which belongs to another user.
     assert Path("/stage") in agent.stage_dir.parents
 
@@ -133,8 +137,10 @@ def test_our_programs_take_their_arguments(ours: list[Any]) -> None:
 def test_the_coordinator_may_listen_where_it_is_told(ours: list[Any]) -> None:
     (serve,) = (c for c in containers(ours) if c["name"] == "coordinator")
     given = build_parser().parse_args(serve["args"][1:])
-    CoordinatorConfig(parse_endpoint(given.endpoint), given.store, insecure=given.insecure).check()
-    assert {port["containerPort"] for port in serve["ports"]} == {parse_endpoint(given.endpoint).port}
+    endpoint = parse_endpoint(given.endpoint)
+    options = {field.name for field in dataclasses.fields(CoordinatorConfig)} & vars(given).keys() - {"endpoint"}
+    CoordinatorConfig(endpoint, **{name: getattr(given, name) for name in options}).check()
+    assert {port["containerPort"] for port in serve["ports"]} == {endpoint.port}
 
 
 def test_nothing_runs_as_root_or_may_become_it(resources: list[Any]) -> None:
