@@ -41,5 +41,5 @@ python() {
         command python "$@" $ENGINE_ARGUMENTS >>"$LOGS/engine.log" 2>&1 &
     fi
     started+=($!)
-    wait_for $! 280 replica_is_known
+    wait_for $! 600 replica_is_known
 }

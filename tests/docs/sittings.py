@@ -1,7 +1,9 @@
 """Runs a sitting: a document's own lines in a real shell, with real commands, in a home and on ports of their own."""
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +19,8 @@ from .table import Sitting
 
 HERE = Path(__file__).parent
 DEADLINE_S = 240.0
-LIVE_DEADLINE_S = 420.0
+LIVE_DEADLINE_S = 800.0
+END_S = 30.0
 # Small and quick, on a port of its own.
 _LIVE_ARGUMENTS = "--enforce-eager --dtype bfloat16 --max-model-len 256 --host 127.0.0.1 --port"
 
@@ -82,16 +85,32 @@ def run_sitting(sitting: Sitting, blocks: list[Block], home: Home, *, live: bool
             lines.append(home.here(block.text))
     script = home.folder / "sitting.bash"
     script.write_text("\n".join([*lines, sitting.after, ""]))
-    done = subprocess.run(
+    code, said = run_bash(script, home.environment(live=live), LIVE_DEADLINE_S if live else DEADLINE_S)
+    assert code == 0, f"{sitting.name} ended with {code}:\n{said[-6000:]}"
+    return said
+
+
+def run_bash(script: Path, environment: Mapping[str, str], deadline_s: float) -> tuple[int, str]:
+    """Exit code and output. What it started goes with it when its time is over: all of it is of one group."""
+    shell = subprocess.Popen(
         ["bash", str(script)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=REPO,
-        env=home.environment(live=live),
-        timeout=LIVE_DEADLINE_S if live else DEADLINE_S,
-        check=False,
+        env=environment,
+        start_new_session=True,
     )
-    assert done.returncode == 0, f"{sitting.name} ended with {done.returncode}:\n{done.stdout[-6000:]}"
-    return done.stdout
+    try:
+        said, _ = shell.communicate(timeout=deadline_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(shell.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            shell.communicate(timeout=END_S)
+        raise
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait(END_S)
+    return shell.returncode, said

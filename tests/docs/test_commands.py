@@ -1,6 +1,7 @@
 """Every command in the documents is run: the blocks by a sitting here, or by a test that the table names."""
 
 import importlib.util
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from hotweights.cli.main import build_parser
 
 from .blocks import DOCUMENTS, REPO, Block, all_blocks
-from .sittings import Home, run_sitting
+from .sittings import Home, run_bash, run_sitting
 from .table import ELSEWHERE, SITTINGS, Elsewhere, Sitting
 
 BLOCKS = {block.name: block for block in all_blocks()}
@@ -81,6 +82,14 @@ def test_a_command_that_fails_in_the_middle_of_a_block_is_told(home: Home) -> No
     wrong = Block("README.md", 1, "", "hotweights config\nhotweights update --no-such-option v2\nhotweights config\n")
     with pytest.raises(AssertionError, match="no-such-option"):
         run_sitting(Sitting("README.md", ("hotweights config",)), [wrong], home)
+
+
+def test_what_a_sitting_started_goes_when_its_time_is_over(tmp_path: Path) -> None:
+    script = tmp_path / "sitting.bash"
+    script.write_text(f"sleep 600 & echo $! >{tmp_path}/pid; wait\n")
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_bash(script, os.environ, deadline_s=2.0)
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 
 def test_make_has_every_target_that_is_named() -> None:
