@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -77,11 +76,10 @@ def test_an_endpoint_that_is_none_is_one_line_and_exit_code_2(
 
 
 def test_a_coordinator_that_is_not_there_is_named_at_once(node: Node) -> None:
-    begun = time.monotonic()
-    done = node.run("coord-status", "--endpoint", "grpc://127.0.0.1:1")
+    # At once, or the run's own deadline ends it: the command would wait for an hour.
+    done = node.run("coord-status", "--endpoint", "grpc://127.0.0.1:1", "--timeout", "3600")
     assert done.returncode == 1
     assert one_line(done.stderr).startswith("coordinator tcp://127.0.0.1:1: Connection refused")
-    assert time.monotonic() - begun < 5.0
 
 
 def test_the_endpoint_of_the_original_variable_is_read_too(serving: Serving) -> None:
