@@ -2,7 +2,8 @@
 
     python examples/oracle.py FOLDER --prompt "t5 t6" --prompt "t9"
 
-prints one JSON line: greedy outputs of the prompts, how clear each was, and the fingerprint of every rank.
+prints one JSON line: greedy outputs of the prompts as text and as tokens, how clear each was, and the fingerprint of
+every rank.
 
 `margins` is the least distance between the best and the second best token of a prompt's output, in logarithms of
 probability. Matrix products round differently in batches of other sizes, so beside traffic a near tie may fall the
@@ -52,6 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--prompt", action="append", required=True)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     arguments = parser.parse_args()
     os.environ.pop("HOTWEIGHTS_ENDPOINT", None)
     # By default vLLM's CPU build takes a large share of the machine's memory for its cache.
@@ -60,7 +63,8 @@ def main() -> None:
 
     llm = LLM(
         model=arguments.folder,
-        dtype="bfloat16",
+        dtype=arguments.dtype,
+        tensor_parallel_size=arguments.tensor_parallel_size,
         enforce_eager=True,
         max_model_len=256,
         worker_extension_cls="hotweights.adapters.vllm_extension.HotweightsWorkerExtension",
@@ -69,6 +73,7 @@ def main() -> None:
     found = [llm.generate([p], sampling, use_tqdm=False)[0].outputs[0] for p in arguments.prompt]
     answer = {
         "outputs": [output.text for output in found],
+        "tokens": [list(output.token_ids) for output in found],
         "margins": [margin(output.logprobs) for output in found],
         "fingerprints": fingerprints(llm),
     }

@@ -1,8 +1,6 @@
 """One server for all end-to-end tests: an engine takes a minute to start."""
 
-import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,40 +11,33 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from fleet import ENGINE_DEADLINE_S, EXAMPLES, MODEL, PROMPTS, PROMPTS_CHECKED, Fleet  # noqa: E402
-from oracle import clear_prompts  # noqa: E402
+from fleet import MODEL, PROMPTS_CHECKED, Fleet  # noqa: E402
+from tests.oracles import Oracles, Recipe, clear_prompts  # noqa: E402
+
+V1, V2 = Recipe(1, "small"), Recipe(2, "small")
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def checkpoints(fresh_engines: Oracles) -> dict[str, Path]:
     """Two random versions of one small model."""
-    from random_llama import make_checkpoint
-
-    root = tmp_path_factory.mktemp("checkpoints")
-    return {name: make_checkpoint(root / name, seed, "small") for seed, name in ((1, "v1"), (2, "v2"))}
+    return {name: fresh_engines.checkpoint(recipe) for name, recipe in (("v1", V1), ("v2", V2))}
 
 
 @pytest.fixture(scope="session")
-def oracles(checkpoints: dict[str, Path]) -> dict[str, Any]:
+def oracles(fresh_engines: Oracles) -> dict[str, Any]:
     """Outputs and fingerprints of engines freshly started on each version."""
-    found = {}
-    for name, folder in checkpoints.items():
-        prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-        done = subprocess.run(
-            [sys.executable, str(EXAMPLES / "oracle.py"), str(folder), *prompts],
-            capture_output=True,
-            text=True,
-            timeout=ENGINE_DEADLINE_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        found[name] = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
-    clear = clear_prompts(PROMPTS, list(found.values()), PROMPTS_CHECKED)
-    for oracle in found.values():
-        oracle["outputs"] = [oracle["outputs"][PROMPTS.index(prompt)] for prompt in clear]
-        oracle["prompts"] = clear
-    assert found["v1"]["outputs"] != found["v2"]["outputs"], "the versions must be told apart"
-    return found
+    found = {name: fresh_engines.ask(recipe) for name, recipe in (("v1", V1), ("v2", V2))}
+    clear = clear_prompts(list(found.values()), PROMPTS_CHECKED)
+    told = {
+        name: {
+            "prompts": clear,
+            "outputs": [oracle.outputs[prompt] for prompt in clear],
+            "fingerprints": oracle.fingerprints,
+        }
+        for name, oracle in found.items()
+    }
+    assert told["v1"]["outputs"] != told["v2"]["outputs"], "the versions must be told apart"
+    return told
 
 
 @pytest.fixture(scope="session")

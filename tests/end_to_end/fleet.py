@@ -23,7 +23,6 @@ ENGINE_DEADLINE_S = 280.0
 WAIT_S = 60.0
 MODEL = "walk"
 REPLICA = "engine-1"
-PROMPTS = [f"t{n} t{n + 9} t{2 * n}" for n in range(5, 245, 5)]
 PROMPTS_CHECKED = 3
 
 
