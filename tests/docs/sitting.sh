@@ -29,7 +29,7 @@ hotweights() {
     if [ "$1" != coord-serve ]; then command hotweights "$@"; return; fi
     command hotweights "$@" >>"$LOGS/coordinator.log" 2>&1 &
     started+=($!)
-    wait_for $! 30 grep -q "coordinator at" "$LOGS/coordinator.log"
+    wait_for $! 90 grep -q "coordinator at" "$LOGS/coordinator.log"
 }
 
 python() {
