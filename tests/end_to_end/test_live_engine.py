@@ -9,7 +9,7 @@ import pytest
 from fleet import MODEL, Fleet, wait_for
 from live_traffic import Traffic
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vllm, pytest.mark.capability("OpenAI server"), pytest.mark.timeout(400)]
 
 
 def started(fleet: Fleet, version: str) -> str:
