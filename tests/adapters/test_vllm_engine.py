@@ -302,6 +302,37 @@ async def _follow_orders(engine: LiveEngine, folders: dict[str, Path], v1: Oracl
     await asyncio.wait_for(running, 10)
 
 
+@pytest.mark.capability("engine's weight version")
+def test_the_engine_is_told_the_name_of_the_version(engine: LiveEngine) -> None:
+    asyncio.run(engine.windowed.set_weight_version("named"))
+    assert engine.call(engine.llm.get_weight_version()) == "named"
+
+
+@pytest.mark.capability("weight version tags")
+def test_an_answer_says_which_version_each_token_is_of(engine: LiveEngine) -> None:
+    from vllm import SamplingParams
+    from vllm.outputs import CompletionOutput
+
+    if "weight_versions" not in CompletionOutput.__dataclass_fields__:
+        pytest.skip("this vLLM tags no outputs with versions; 0.32 is the first that does")
+
+    async def answered_by_two_versions() -> list[tuple[str, int, int]]:
+        """Told of a second version at the tenth token; the spans of the whole answer."""
+        params, seen, last = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True), 0, None
+        async for last in engine.llm.generate(PROMPTS[0], params, "tagged"):
+            if seen < 10 <= len(last.outputs[0].token_ids):
+                await engine.llm.update_weight_version("two")
+            seen = len(last.outputs[0].token_ids)
+        assert last is not None
+        return [(span.version, span.start, span.end) for span in last.outputs[0].weight_versions]
+
+    asyncio.run(engine.windowed.set_weight_version("one"))
+    (one, start, turn), (two, goes_on, end) = engine.call(answered_by_two_versions())
+    assert (one, two) == ("one", "two")
+    assert (start, end) == (0, 100)
+    assert 10 <= turn == goes_on < 100
+
+
 def test_the_checkpoints_differ_in_weights_only(folders: dict[str, Path]) -> None:
     one, other = (json.loads((folder / "config.json").read_text()) for folder in folders.values())
     assert one == other
