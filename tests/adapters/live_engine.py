@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import pytest
 
 HERE = Path(__file__).parent
-START_DEADLINE_S = 240.0
+START_DEADLINE_S = float(os.environ.get("TEST_START_DEADLINE_S", "240"))  # more on a machine that is busy otherwise
 CALL_DEADLINE_S = 120.0
 PROMPTS = ("t5 t6 t7 t8", "t9 t100 t200", "t300")
 # Two whole blocks of the cache (128 tokens each on CPU) and some: only what is that long is ever shared.
