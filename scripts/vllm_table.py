@@ -51,6 +51,8 @@ def replaced(text: str, made: str) -> str:
 
 def table(records: Records) -> str:
     """A row a capability, a column a version, and a note for each thing that does not work."""
+    if not records:
+        return "No run is recorded.\n"
     names = sorted(
         {name for tests in records.values() for test in tests.values() for name in test["capabilities"]},
         key=str.casefold,
