@@ -161,7 +161,12 @@ async def _start(folder: Path, arguments: dict[str, Any]) -> Any:
 
 async def _shut_down(llm: Any) -> None:
     llm.shutdown()
-    await asyncio.sleep(0)
+    # A torn engine leaves calls unanswered; what waits for them would hold vLLM's sockets until Python itself warns.
+    waiting = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    llm.engine_core.resources.ctx.destroy(linger=0)  # vLLM leaves that to the garbage collection
 
 
 def fresh_oracle(folder: Path, **arguments: Any) -> Oracle:
