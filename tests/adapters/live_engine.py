@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import pytest
 
 HERE = Path(__file__).parent
-START_DEADLINE_S = 240.0
+START_DEADLINE_S = float(os.environ.get("TEST_START_DEADLINE_S", "240"))  # more on a machine that is busy otherwise
 CALL_DEADLINE_S = 120.0
 PROMPTS = ("t5 t6 t7 t8", "t9 t100 t200", "t300")
 # Two whole blocks of the cache (128 tokens each on CPU) and some: only what is that long is ever shared.
@@ -161,7 +161,12 @@ async def _start(folder: Path, arguments: dict[str, Any]) -> Any:
 
 async def _shut_down(llm: Any) -> None:
     llm.shutdown()
-    await asyncio.sleep(0)
+    # A torn engine leaves calls unanswered; what waits for them would hold vLLM's sockets until Python itself warns.
+    waiting = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    llm.engine_core.resources.ctx.destroy(linger=0)  # vLLM leaves that to the garbage collection
 
 
 def fresh_oracle(folder: Path, **arguments: Any) -> Oracle:

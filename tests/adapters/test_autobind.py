@@ -90,6 +90,7 @@ def check_hello(hello: pb.Hello, policy: int) -> None:
 
 
 @pytest.mark.vllm
+@pytest.mark.capability("OpenAI server")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @needs_vllm
@@ -123,6 +124,7 @@ async def test_a_server_with_the_endpoint_set_registers_itself_and_stops_when_to
 
 
 @pytest.mark.vllm
+@pytest.mark.capability("install_autobind")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @needs_vllm

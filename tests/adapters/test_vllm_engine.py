@@ -18,6 +18,7 @@ from .swaps import ROUTES, check_every_failure, check_there_and_back, prepare
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.capability("AsyncLLM"),
     pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
@@ -41,7 +42,7 @@ def image(folders: dict[str, Path], tmp_path: Path) -> Callable[[Callable[[dict[
     return make
 
 
-@pytest.fixture(params=ROUTES)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.capability(f"{name} route")) for name in ROUTES])
 def route(request: pytest.FixtureRequest, engine: LiveEngine) -> Iterator[str]:
     engine.extension("inject_route", request.param)
     yield request.param
@@ -55,6 +56,7 @@ def test_a_swap_equals_a_fresh_engine_in_outputs_and_fingerprint_and_so_does_its
     check_there_and_back(engine, folders["v2"], v1, v2, route)
 
 
+@pytest.mark.capability("undo after every k-th tensor")
 def test_a_failure_after_every_kth_write_is_undone_and_a_good_apply_follows(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle, route: str
 ) -> None:
@@ -71,6 +73,7 @@ def test_the_default_is_to_assemble(engine: LiveEngine, folders: dict[str, Path]
     assert engine.rpc("release")["ok"]
 
 
+@pytest.mark.capability("serving while assembling")
 def test_the_engine_serves_unchanged_while_an_update_is_assembled(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle
 ) -> None:
@@ -207,6 +210,7 @@ def test_calls_out_of_order_are_refused_and_harm_nothing(
     assert engine.oracle() == v1
 
 
+@pytest.mark.capability("caches after a swap")
 def test_the_same_request_asked_before_and_after_meets_no_old_cache_blocks(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle
 ) -> None:
@@ -296,6 +300,37 @@ async def _follow_orders(engine: LiveEngine, folders: dict[str, Path], v1: Oracl
     await stream.give(end=pb.EndUpdate())
     controller.close()
     await asyncio.wait_for(running, 10)
+
+
+@pytest.mark.capability("engine's weight version")
+def test_the_engine_is_told_the_name_of_the_version(engine: LiveEngine) -> None:
+    asyncio.run(engine.windowed.set_weight_version("named"))
+    assert engine.call(engine.llm.get_weight_version()) == "named"
+
+
+@pytest.mark.capability("weight version tags")
+def test_an_answer_says_which_version_each_token_is_of(engine: LiveEngine) -> None:
+    from vllm import SamplingParams
+    from vllm.outputs import CompletionOutput
+
+    if "weight_versions" not in CompletionOutput.__dataclass_fields__:
+        pytest.skip("this vLLM tags no outputs with versions; 0.32 is the first that does")
+
+    async def answered_by_two_versions() -> list[tuple[str, int, int]]:
+        """Told of a second version at the tenth token; the spans of the whole answer."""
+        params, seen, last = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True), 0, None
+        async for last in engine.llm.generate(PROMPTS[0], params, "tagged"):
+            if seen < 10 <= len(last.outputs[0].token_ids):
+                await engine.llm.update_weight_version("two")
+            seen = len(last.outputs[0].token_ids)
+        assert last is not None
+        return [(span.version, span.start, span.end) for span in last.outputs[0].weight_versions]
+
+    asyncio.run(engine.windowed.set_weight_version("one"))
+    (one, start, turn), (two, goes_on, end) = engine.call(answered_by_two_versions())
+    assert (one, two) == ("one", "two")
+    assert (start, end) == (0, 100)
+    assert 10 <= turn == goes_on < 100
 
 
 def test_the_checkpoints_differ_in_weights_only(folders: dict[str, Path]) -> None:

@@ -90,6 +90,7 @@ def with_orders(
     asyncio.run(played())
 
 
+@pytest.mark.capability("engine asleep")
 @pytest.mark.parametrize("level", [1, 2])
 def test_an_engine_asleep_is_written_when_it_wakes_before_anything_is_scheduled(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle, level: int
@@ -115,6 +116,7 @@ def test_an_engine_asleep_is_written_when_it_wakes_before_anything_is_scheduled(
     with_orders(engine, folders, scene)
 
 
+@pytest.mark.capability("engine asleep")
 def test_a_sleeper_that_is_called_back_wakes_on_the_old_weights(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle
 ) -> None:
@@ -129,6 +131,7 @@ def test_a_sleeper_that_is_called_back_wakes_on_the_old_weights(
     with_orders(engine, folders, scene)
 
 
+@pytest.mark.capability("engine asleep")
 def test_an_engine_does_not_fall_asleep_while_its_ranks_read(engine: LiveEngine, v1: Oracle) -> None:
     live = engine.windowed
 
@@ -147,6 +150,7 @@ def test_an_engine_does_not_fall_asleep_while_its_ranks_read(engine: LiveEngine,
     assert engine.tokens() == v1.tokens
 
 
+@pytest.mark.capability("paused by others")
 def test_an_engine_that_somebody_paused_is_written_in_place_and_stays_paused(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle
 ) -> None:
@@ -166,6 +170,7 @@ def test_an_engine_that_somebody_paused_is_written_in_place_and_stays_paused(
     assert engine.tokens() == v1.tokens
 
 
+@pytest.mark.capability("paused by others")
 @pytest.mark.parametrize("calls", ["pause", "resume", "sleep"])
 def test_what_others_ask_of_the_scheduler_waits_for_the_open_window(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle, calls: str
@@ -192,7 +197,10 @@ def test_what_others_ask_of_the_scheduler_waits_for_the_open_window(
     assert engine.tokens() == v1.tokens
 
 
-@pytest.mark.parametrize("mode", ["recompute", "drain", "abort", "keep"])
+@pytest.mark.capability("caches after a swap")
+@pytest.mark.parametrize(
+    "mode", ["recompute", "drain", "abort", pytest.param("keep", marks=pytest.mark.capability("inflight=keep"))]
+)
 def test_a_shared_prefix_asked_before_and_after_meets_no_block_of_the_old_weights(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle, mode: Any
 ) -> None:
@@ -210,6 +218,7 @@ def test_a_shared_prefix_asked_before_and_after_meets_no_block_of_the_old_weight
     assert engine.tokens() == v1.tokens
 
 
+@pytest.mark.capability("inflight=keep")
 def test_requests_that_wait_while_the_window_is_open_meet_no_old_block_under_keep(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle
 ) -> None:
@@ -225,6 +234,7 @@ def test_requests_that_wait_while_the_window_is_open_meet_no_old_block_under_kee
     assert engine.tokens() == v1.tokens
 
 
+@pytest.mark.capability("inflight=keep")
 def test_keep_lets_requests_in_flight_go_on_over_what_is_computed(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle
 ) -> None:
@@ -238,6 +248,7 @@ def test_keep_lets_requests_in_flight_go_on_over_what_is_computed(
     assert engine.rpc("release")["ok"]
 
 
+@pytest.mark.capability("inflight=keep")
 def test_the_mode_of_an_order_reaches_the_engine(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle
 ) -> None:

@@ -11,6 +11,9 @@ from tests.models import make_checkpoint
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.capability("AsyncLLM"),
+    pytest.mark.capability("assembled route"),
+    pytest.mark.capability("reload route"),
     pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
@@ -25,7 +28,14 @@ def unpacked() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "tied",
+    [
+        pytest.param(False, marks=pytest.mark.capability("undo after every k-th tensor")),
+        pytest.param(True, marks=pytest.mark.capability("tied weights")),
+    ],
+    ids=["untied", "tied"],
+)
 def test_plain_weights_are_swapped_and_undone_on_both_routes(tmp_path: Path, tied: bool) -> None:
     one, two = (make_checkpoint(tmp_path / f"v{seed}", seed, tied=tied) for seed in (1, 2))
     after = fresh_oracle(two)

@@ -18,6 +18,7 @@ from .swaps import ROUTES, WRITES_MAX, check_ended, prepare_all, ranks, window
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.capability("tensor parallel 2"),
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
@@ -49,7 +50,7 @@ def v1(engine: LiveEngine) -> Oracle:
     return engine.oracle()
 
 
-@pytest.fixture(params=ROUTES)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.capability(f"{name} route")) for name in ROUTES])
 def route(request: pytest.FixtureRequest, engine: LiveEngine) -> Iterator[str]:
     engine.extension("inject_route", request.param)
     yield request.param
@@ -72,6 +73,7 @@ def test_a_swap_equals_a_fresh_engine_in_every_rank_and_so_does_the_way_back(
     assert engine.oracle() == v1
 
 
+@pytest.mark.capability("undo after every k-th tensor")
 def test_a_failure_of_one_rank_after_every_kth_write_undoes_both(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle, route: str
 ) -> None:

@@ -14,6 +14,7 @@ from tests.models import make_checkpoint
 
 
 @pytest.mark.vllm
+@pytest.mark.capability("tied weights")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

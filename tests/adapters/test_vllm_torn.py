@@ -14,6 +14,7 @@ from .swaps import check_ended, prepare_all, ranks, runs, window
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.capability("a hanging rank is ended"),
     pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),

@@ -9,7 +9,7 @@ import pytest
 from fleet import MODEL, Fleet, wait_for
 from live_traffic import Traffic
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vllm, pytest.mark.capability("OpenAI server"), pytest.mark.timeout(400)]
 
 
 def started(fleet: Fleet, version: str) -> str:
@@ -28,6 +28,7 @@ def serves(fleet: Fleet, version: str, oracles: dict[str, Any]) -> None:
     assert replica["ready"]
 
 
+@pytest.mark.capability("a worker extension of the user's own")
 def test_a_version_is_swapped_in_and_rolled_back_while_clients_stream(fleet: Fleet, oracles: dict[str, Any]) -> None:
     traffic = Traffic(f"{fleet.url}/v1", MODEL, clients=3)
     traffic.start()

@@ -17,6 +17,7 @@ from fleet import ENGINE_DEADLINE_S, EXAMPLES, HERE, Fleet, wait_for
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.capability("offline LLM"),
     pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),

@@ -18,6 +18,8 @@ from oracle import MAX_TOKENS
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.capability("data parallel 2"),
+    pytest.mark.capability("--api-server-count 2"),
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
@@ -124,6 +126,7 @@ def test_a_failure_in_one_engine_takes_both_back(fleet: ParallelFleet, oracles: 
     assert fleet.serve(oracles["v1"]["outputs"])
 
 
+@pytest.mark.capability("engine asleep")
 def test_a_sleep_asked_of_any_api_server_is_respected(fleet: ParallelFleet, oracles: dict[str, Any]) -> None:
     fleet.post("/sleep?level=1", {})
     update = json.loads(fleet.command("update", "v2", "--no-wait", "--json").stdout)

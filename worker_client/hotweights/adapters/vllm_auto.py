@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hotweights.adapters import vllm_core, vllm_worker
+from hotweights.adapters import vllm_core, vllm_versions, vllm_worker
 from hotweights.adapters.settings import settings
 from hotweights.adapters.vllm_engine import TORN, AsyncCores, Cores, SyncCores, VllmEngine, lock_sending
 from hotweights.adapters.vllm_shapes import no_front_end, unsupported
@@ -62,12 +62,24 @@ def register() -> None:
     if config.endpoint is None:
         return
     _speak_through_vllm()
-    vllm_worker.install()
-    vllm_core.install()
-    _patch_async_llm()
-    _patch_llm_engine()
+    if not vllm_versions.usable(_vllm_version()):
+        return
+    try:
+        vllm_worker.install()
+        vllm_core.install()
+        _patch_async_llm()
+        _patch_llm_engine()
+    except (ImportError, AttributeError) as error:  # a newer vLLM has moved what is hooked; its owner's server goes on
+        log.error("%s: vLLM %s is built otherwise: %s", LEFT_ALONE, _vllm_version(), error)
+        return
     if reason := no_front_end():
         log.warning("%s: %s", LEFT_ALONE, reason)
+
+
+def _vllm_version() -> str:
+    import vllm
+
+    return str(vllm.__version__)
 
 
 def _speak_through_vllm() -> None:

@@ -144,7 +144,7 @@ class VllmEngine:
     async def set_weight_version(self, version: str) -> None:
         from vllm.v1.engine.core import EngineCore
 
-        if hasattr(EngineCore, "set_weight_version"):  # from 0.32
+        if hasattr(EngineCore, "set_weight_version"):  # all of 0.28 to 0.32 have it
             await self._cores.call("set_weight_version", version)
 
     async def reset_caches(self) -> bool:
