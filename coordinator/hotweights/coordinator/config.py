@@ -16,11 +16,12 @@ class BadSetting(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """Seconds unless named otherwise. `keep_versions` 0 keeps all."""
+    """Seconds unless named otherwise. `keep_versions` 0 keeps all; `tokens` is a file, empty lets everyone in."""
 
     endpoint: Endpoint
     store: str
     insecure: bool = False
+    tokens: str = ""
     keep_versions: int = 0
     keep_events: int = 100_000
     heartbeat_s: float = 5.0
@@ -53,11 +54,20 @@ def default_endpoint(environ: Mapping[str, str] | None = None) -> str:
     return env.get("HOTWEIGHTS_ENDPOINT") or env.get("HOTWEIGHTS_COORD") or "tcp://127.0.0.1:5555"
 
 
-def load_config(endpoint: str | None = None, store: str | None = None, **settings: float | bool) -> Config:
+def default_tokens(environ: Mapping[str, str] | None = None) -> str:
+    """HOTWEIGHTS_TOKENS; empty lets everyone in."""
+    env = os.environ if environ is None else environ
+    return env.get("HOTWEIGHTS_TOKENS", "")
+
+
+def load_config(
+    endpoint: str | None = None, store: str | None = None, tokens: str | None = None, **settings: float | bool
+) -> Config:
     """Settings given as arguments win over the environment. Raises BadSetting or BadEndpoint."""
     config = Config(
         endpoint=parse_endpoint(endpoint or default_endpoint()),
         store=store or default_store(),
+        tokens=default_tokens() if tokens is None else tokens,
         **settings,  # type: ignore[arg-type]
     )
     config.check()

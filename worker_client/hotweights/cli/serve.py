@@ -19,6 +19,9 @@ def add_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     parser = add_command(commands, "coord-serve", coord_serve, "Run a coordinator in the foreground.", "serve")
     add_endpoint(parser)
     parser.add_argument("--store", help="sqlite:PATH or memory: (default: HOTWEIGHTS_STORE, else the user's state)")
+    parser.add_argument(
+        "--tokens", metavar="FILE", help="who may do what, a token a line (default: HOTWEIGHTS_TOKENS, else all may)"
+    )
     parser.add_argument("--keep-versions", type=_keep, default=0, metavar="N", help="of a model; 0 keeps all (default)")
     parser.add_argument(
         "--keep-events", type=count, default=100_000, metavar="N", help="for watchers (default: 100000)"
@@ -60,11 +63,14 @@ def coord_serve(arguments: argparse.Namespace) -> int:
 
 def _coordinator_config(arguments: argparse.Namespace) -> "Config":
     """The coordinator's settings, its store's name checked. Raises CommandFailed."""
+    from pathlib import Path
+
     from hotweights.wire.endpoint import parse_endpoint
 
     if arguments.endpoint is not None:
         parse_endpoint(arguments.endpoint)  # an empty one is an error, not the default
     try:
+        from hotweights.coordinator.access.tokens import read_tokens
         from hotweights.coordinator.config import load_config
         from hotweights.coordinator.server import serve  # noqa: F401 - is all there that it needs?
         from hotweights.coordinator.store import open_store
@@ -77,6 +83,7 @@ def _coordinator_config(arguments: argparse.Namespace) -> "Config":
         config = load_config(
             arguments.endpoint,
             arguments.store,
+            arguments.tokens,
             insecure=arguments.insecure,
             keep_versions=arguments.keep_versions,
             keep_events=arguments.keep_events,
@@ -84,7 +91,9 @@ def _coordinator_config(arguments: argparse.Namespace) -> "Config":
             lease_s=arguments.lease,
         )
         open_store(config.store, config.keep_events)  # reads the name; touches nothing yet
-    except ValueError as error:  # BadSetting, BadEndpoint, and the store's name
+        if config.tokens:
+            read_tokens(Path(config.tokens))
+    except ValueError as error:  # BadSetting, BadEndpoint, BadTokens, and the store's name
         raise CommandFailed(str(error), exit_code=2) from error
     return config
 

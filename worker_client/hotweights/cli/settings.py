@@ -93,16 +93,21 @@ def _coordinator_rows() -> list[Row]:
     from hotweights.wire.endpoint import parse_endpoint
 
     try:
-        from hotweights.coordinator.config import Config, default_endpoint, default_store
+        from hotweights.coordinator.config import Config, default_endpoint, default_store, default_tokens
     except ModuleNotFoundError as error:
         if error.name != "platformdirs":
             raise
         return []
     environ = environment()
-    config = Config(endpoint=parse_endpoint(default_endpoint(environ)), store=default_store(environ))
+    config = Config(
+        endpoint=parse_endpoint(default_endpoint(environ)),
+        store=default_store(environ),
+        tokens=default_tokens(environ),
+    )
     meanings = {
         "endpoint": ("--endpoint", _source(environ, "HOTWEIGHTS_ENDPOINT"), "where it listens"),
         "store": ("--store", _source(environ, "HOTWEIGHTS_STORE"), "sqlite:PATH, or memory: for play"),
+        "tokens": ("--tokens", _source(environ, "HOTWEIGHTS_TOKENS"), "file of who may do what; none lets everyone in"),
         "insecure": ("--insecure", "default", "allows an endpoint that other machines reach, in plaintext"),
         "keep_versions": ("--keep-versions", "default", "versions of a model beyond this go; 0 keeps all"),
         "keep_events": ("--keep-events", "default", "events kept for watchers"),

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import blake3
 from google.protobuf.message import DecodeError, Message
 
+from hotweights.coordinator.access.gate import Gate
+from hotweights.coordinator.access.roles import START_UPDATE
 from hotweights.coordinator.planner import plan_update
 from hotweights.coordinator.rules import Declined, State
 from hotweights.coordinator.rules import events as e
@@ -38,8 +40,10 @@ STATUS_VERSIONS = 10
 class CoordinatorService(rpc.CoordinatorServiceServicer):
     """Reads come from the runtime's state; changes are asked of it."""
 
-    def __init__(self, runtime: Runtime, software_version: str) -> None:
+    def __init__(self, runtime: Runtime, software_version: str, gate: Gate | None = None) -> None:
+        """Without a gate everyone may do everything."""
         self._runtime = runtime
+        self._gate = gate
         self._software_version = software_version
 
     async def _change(
@@ -70,6 +74,8 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
         self, request_iterator: AsyncIterator[pb.PublishVersionRequest], context: Context
     ) -> pb.PublishVersionResponse:
         header, blob = await _read_publication(request_iterator)
+        if header.start_update and self._gate is not None:
+            self._gate.require(START_UPDATE, context)
         manifest, digest = _checked_manifest(header, blob)
         existed = (header.model, header.version) in self._runtime.state.versions
         event = e.VersionPublished(
