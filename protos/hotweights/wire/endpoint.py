@@ -4,6 +4,7 @@ tcp://host:port   grpc://host:port   host:port   [::1]:port   unix:/path   unix:
 """
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 FORMS = "tcp://HOST:PORT, grpc://HOST:PORT, HOST:PORT or unix:PATH"
@@ -68,6 +69,10 @@ def parse_endpoint(text: str) -> Endpoint:
         raise BadEndpoint(text, "the host is missing")
     if host.startswith("[") != host.endswith("]") or (":" in host and host[0] != "["):
         raise BadEndpoint(text, "an IPv6 address goes in brackets")
-    if not (port.isascii() and port.isdigit() and int(port) < 65536):
+    # Brackets only around, and something inside them.
+    if not re.fullmatch(r"\[[^][/\s]+\]|[^][/\s]+", host) or not host.isprintable():
+        raise BadEndpoint(text, f"{host!r} is no host")
+    # The length first: int() raises for thousands of digits.
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 65536):
         raise BadEndpoint(text, f"{port!r} is not a port")
     return Endpoint(host=host.strip("[]"), port=int(port))

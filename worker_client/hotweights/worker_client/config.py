@@ -106,7 +106,8 @@ def _number(environ: Mapping[str, str], name: str, default: int, low: int, high:
     text = environ.get(name, "").strip()
     if not text:
         return default
-    if not text.isdigit() or not low <= int(text) <= high:
+    # [0-9] and few: isdigit() takes what int() does not, as "²", and int() raises for thousands of digits.
+    if not re.fullmatch("[0-9]{1,12}", text) or not low <= int(text) <= high:
         raise BadSetting(name, text, f"takes a whole number from {low} to {high}")
     return int(text)
 
@@ -115,7 +116,7 @@ def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
     text = environ.get(name, "").strip()
     if not text:
         return default
-    if not re.fullmatch(r"\d+(\.\d+)?", text):
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
         raise BadSetting(name, text, "takes seconds, for example 300")
     return float(text)
 

@@ -31,6 +31,10 @@ T = TypeVar("T")
 PAGE_DEADLINE_S = 60.0
 LIST_SIZE, LIST_SIZE_MAX = 100, 1000
 PAGE_TOKEN_LENGTH_MAX = 18
+# What a manifest says is not believed: beyond 64 bits no answer could carry the sum, and no update plan its parts.
+IMAGE_BYTES_MAX = 1 << 50
+# The store counts in signed 64 bits.
+REVISION_MAX = 1 << 62
 WATCH_BATCH = 500
 WATCH_WAIT_S = 30.0
 STATUS_EVENTS, STATUS_EVENTS_MAX = 10, 100
@@ -286,7 +290,7 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
     async def WatchEvents(
         self, request: pb.WatchEventsRequest, context: Context
     ) -> AsyncIterator[pb.WatchEventsResponse]:
-        at = request.from_revision or self._runtime.revision + 1
+        at = min(request.from_revision, REVISION_MAX) or self._runtime.revision + 1
         # Who asked for what is new knows by this that nothing from now on is missed.
         await context.send_initial_metadata(())
         while True:
@@ -351,6 +355,9 @@ def _checked_manifest(header: pb.PublishHeader, blob: bytes) -> tuple[manifest_p
         raise _bad_publication(f"the manifest cannot be read: {error}") from error
     if not manifest.tensors or not manifest.buckets or not manifest.files:
         raise _bad_publication("the manifest names no tensors")
+    size_bytes = sum(file.size_bytes for file in manifest.files)
+    if size_bytes > IMAGE_BYTES_MAX:
+        raise _bad_publication(f"its files are said to have {size_bytes} bytes, more than any image")
     return manifest, digest.hex()
 
 
