@@ -14,7 +14,7 @@ from hotweights.worker_client.config import BadSetting, load_config
 
 KEY, IMAGE, SOURCE = b"k" * 32, b"i" * 32, "source"
 NUMBERS = ("HOTWEIGHTS_BUCKET_BYTES", "HOTWEIGHTS_MAX_IMAGES", "HOTWEIGHTS_AGENT_IDLE_S")
-WORDS = ("HOTWEIGHTS_NAME_MAP", "HOTWEIGHTS_POLICY", "HOTWEIGHTS_ROUTE")
+WORDS = ("HOTWEIGHTS_NAME_MAP", "HOTWEIGHTS_POLICY", "HOTWEIGHTS_ROUTE", "HOTWEIGHTS_AGENT_ALLOW")
 
 
 def endpoints(data: bytes) -> None:
@@ -35,7 +35,7 @@ def endpoints(data: bytes) -> None:
 def settings(data: bytes) -> None:
     """One setting of the worker side, any text."""
     cursor = Cursor(data)
-    name = (*NUMBERS, *WORDS, "HOTWEIGHTS_ENDPOINT")[cursor.number(7)]
+    name = (*NUMBERS, *WORDS, "HOTWEIGHTS_ENDPOINT")[cursor.number(8)]
     text = cursor.part().decode("utf-8", "surrogateescape")
     with suppress(BadSetting, BadEndpoint):
         config = load_config({name: text})
@@ -94,7 +94,8 @@ TARGETS = {
         lambda: [
             *(bytes([0]) + parts(b"1048576"), bytes([1]) + parts(b"9" * 5000), bytes([2]) + parts(b"12.5")),
             *(bytes([0]) + parts("²".encode()), bytes([3]) + parts(b"a.b=c.d, e=f"), bytes([4]) + parts(b"auto")),
-            bytes([6]) + parts(b"tcp://h:1"),
+            bytes([6]) + parts(b"1,@0,@root"),
+            bytes([7]) + parts(b"tcp://h:1"),
         ],
         length_max=6000,
         mutations=1000,

@@ -39,6 +39,7 @@ SETTINGS = (
     Setting("HOTWEIGHTS_NODE", "host name", "the node's id"),
     Setting("HOTWEIGHTS_STAGE_DIR", "/dev/shm/hotweights/UID", "where images are staged"),
     Setting("HOTWEIGHTS_AGENT_SOCKET", "STAGE_DIR/agent.sock", "the node's agent"),
+    Setting("HOTWEIGHTS_AGENT_ALLOW", "", "who may use the agent beside its own user and root: UID,@GROUP,..."),
     Setting("HOTWEIGHTS_LISTEN", "127.0.0.1:0", "where the agent serves buckets to other nodes"),
     Setting("HOTWEIGHTS_ADVERTISE", "", "that address as other nodes see it"),
     Setting("HOTWEIGHTS_BUCKET_BYTES", "16777216", "size of a bucket; 64 KiB to 1 GiB"),
@@ -73,6 +74,7 @@ class Config:
     agent_idle_s: float
     hf_cache: Path
     in_kubernetes: bool
+    agent_allow: str = ""
     policy: str = ""
     name_map: Mapping[str, str] = field(default_factory=dict)
     use_ipc_agent: bool = False
@@ -90,6 +92,7 @@ class Config:
             "HOTWEIGHTS_NODE": self.node,
             "HOTWEIGHTS_STAGE_DIR": str(self.stage_dir),
             "HOTWEIGHTS_AGENT_SOCKET": str(self.agent_socket),
+            "HOTWEIGHTS_AGENT_ALLOW": self.agent_allow,
             "HOTWEIGHTS_LISTEN": self.listen,
             "HOTWEIGHTS_ADVERTISE": self.advertise,
             "HOTWEIGHTS_BUCKET_BYTES": str(self.bucket_bytes),
@@ -129,6 +132,16 @@ def _name_map(text: str) -> dict[str, str]:
             raise BadSetting("HOTWEIGHTS_NAME_MAP", pair, "takes checkpoint=module pairs")
         renamed[old] = new
     return renamed
+
+
+def _allow(text: str) -> str:
+    from hotweights.worker_client.agent.peers import parse_allow
+
+    try:
+        parse_allow(text)
+    except ValueError as error:
+        raise BadSetting("HOTWEIGHTS_AGENT_ALLOW", text, f"{error}; takes UID,@GROUP,...") from error
+    return text
 
 
 def _policy(text: str) -> str:
@@ -179,6 +192,7 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         replica=env.get("HOTWEIGHTS_REPLICA", ""),
         stage_dir=stage_dir,
         agent_socket=Path(socket_path) if socket_path else stage_dir / "agent.sock",
+        agent_allow=_allow(env.get("HOTWEIGHTS_AGENT_ALLOW", "")),
         listen=env.get("HOTWEIGHTS_LISTEN") or "127.0.0.1:0",
         advertise=env.get("HOTWEIGHTS_ADVERTISE", ""),
         bucket_bytes=_number(env, "HOTWEIGHTS_BUCKET_BYTES", 16 << 20, 64 << 10, 1 << 30),

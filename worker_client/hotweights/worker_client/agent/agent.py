@@ -16,7 +16,7 @@ from pathlib import Path
 import grpc
 
 from hotweights.v1 import agent_service_pb2 as pb
-from hotweights.v1 import coordinator_service_pb2, model_pb2
+from hotweights.v1 import coordinator_service_pb2, fleet_pb2, model_pb2
 from hotweights.v1 import worker_service_pb2 as worker_pb
 from hotweights.wire.errors import Refused
 from hotweights.worker_client.agent.coordinator import Coordinator
@@ -24,6 +24,7 @@ from hotweights.worker_client.agent.data import DataPort
 from hotweights.worker_client.agent.folders import Folders, Known
 from hotweights.worker_client.agent.images import Images
 from hotweights.worker_client.agent.orders import Orders
+from hotweights.worker_client.agent.peers import Peer
 from hotweights.worker_client.config import Config
 from hotweights.worker_client.session import Session
 from hotweights.worker_client.stage.stage import Stage
@@ -196,6 +197,13 @@ class Agent:
                 token_key=self.data.token_key,
             )
         )
+
+    def note_refused(self, peer: Peer, passed_over: int) -> None:
+        """The door turned somebody away: the coordinator's event log has it, as soon as there is a session."""
+        if self.session is None:
+            return
+        refusal = fleet_pb2.Refusal(peer=str(peer), method="connect", reason="PEER_REFUSED", passed_over=passed_over)
+        self.session.report(worker_pb.Report(peer_refused=worker_pb.PeerRefused(refusal=refusal)))
 
     async def _on_order(self, order: worker_pb.Order) -> str:
         if self._orders is None:
