@@ -16,6 +16,11 @@ if [ "$(cat .venv-fuzz/.hotweights-setup 2>/dev/null)" != "$atheris" ]; then
     printf '%s' "$atheris" >.venv-fuzz/.hotweights-setup
 fi
 
+# In memory where there is some: the store and the headers' file are written thousands of times.
+shm=/dev/shm; [ -w "$shm" ] || shm=${TMPDIR:-/tmp}
+TMPDIR=$(mktemp -d "$shm/hotweights-fuzz.XXXXXX") && export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
+
 export PYTHONPATH=.venv-fuzz:. PYTHONDONTWRITEBYTECODE=1
 names=${*:-$("$python" -c 'from tests.fuzz.targets import TARGETS; print(*TARGETS)')}
 status=0

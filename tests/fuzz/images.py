@@ -1,7 +1,7 @@
 """What comes with an image: manifests, their pages, safetensors headers."""
 
 import asyncio
-import os
+import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -22,15 +22,23 @@ from hotweights.worker_client.image.headers import read_header
 from hotweights.worker_client.image.manifest import bucket_cuts
 from hotweights.worker_client.image.paging import PageJoiner, pages
 
-# One file, written anew each time: memory, not a disk, where there is some.
-_FILE = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)) / "model.safetensors"
+_folder: Path | None = None
+
+
+def _file() -> Path:
+    """One file, written anew each time."""
+    global _folder
+    if _folder is None:
+        _folder = Path(tempfile.mkdtemp(prefix="hw-fuzz-"))
+    return _folder / "model.safetensors"
 
 
 def forget_files() -> None:
     """What this module left on the machine."""
-    _FILE.unlink(missing_ok=True)
-    with suppress(FileNotFoundError):
-        _FILE.parent.rmdir()
+    global _folder
+    if _folder is not None:
+        shutil.rmtree(_folder)
+        _folder = None
 
 
 def manifests(data: bytes) -> None:
@@ -77,9 +85,9 @@ async def _publication(arrived: list[manifest_pb2.ManifestPage]) -> tuple[pb.Pub
 
 def headers(data: bytes) -> None:
     """What we accept, the format's own library accepts, with the same tensors in the same places."""
-    _FILE.write_bytes(data)
+    _file().write_bytes(data)
     try:
-        header = read_header(_FILE)
+        header = read_header(_file())
     except BadImage:
         return
     try:

@@ -115,7 +115,7 @@ class _Room:
 
     def __init__(self) -> None:
         self.calls = 0
-        self.folder = Path(tempfile.mkdtemp(prefix="hw-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+        self.folder = Path(tempfile.mkdtemp(prefix="hw-fuzz-"))
         self.loop = asyncio.new_event_loop()
         store = open_store(f"sqlite:{self.folder / 'store.db'}", 100)
         self.runtime = Runtime(store, Limits(lease_s=15.0, keep_versions=5))

@@ -3,10 +3,10 @@
     python -m tests.fuzz.run TARGET SECONDS [FOLDER]
 
 The corpus grows in FOLDER/TARGET and is used again; an input that lets something out is kept beside it as
-FOLDER/TARGET-crash-...; `python -m tests.fuzz.run TARGET FILE` runs that one.
+FOLDER/TARGET-crash-...; `python -m tests.fuzz.run TARGET FILE` runs that one. libFuzzer ends the process without
+Python's own end: scripts/fuzz.sh removes what is left in TMPDIR.
 """
 
-import atexit
 import sys
 from pathlib import Path
 
@@ -19,9 +19,9 @@ with atheris.instrument_imports(include=["hotweights"]):
 def main() -> None:
     name, what, *rest = sys.argv[1:]
     target = TARGETS[name]
-    atexit.register(tidy)
     if not what.isdigit():
         target.run(Path(what).read_bytes())
+        tidy()
         return
     folder = Path(rest[0] if rest else ".fuzz")
     corpus = folder / name
