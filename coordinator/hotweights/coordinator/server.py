@@ -20,6 +20,7 @@ from hotweights.coordinator.runtime import Runtime
 from hotweights.coordinator.service.coordinator import CoordinatorService
 from hotweights.coordinator.service.worker import WorkerService
 from hotweights.coordinator.store import open_store
+from hotweights.coordinator.tls import server_credentials
 from hotweights.v1 import (
     coordinator_service_pb2,
     coordinator_service_pb2_grpc,
@@ -40,11 +41,13 @@ class Coordinator:
     """A running coordinator. `start`, then `endpoint` says where it is; `stop` ends it."""
 
     def __init__(self, config: Config) -> None:
-        """Raises BadTokens for a tokens file that cannot be used."""
+        """Raises BadCertificate, and BadTokens for a tokens file that cannot be used."""
         self._config = config
         limits = Limits(lease_s=config.lease_s, keep_versions=config.keep_versions)
         store = open_store(config.store, config.keep_events)
         self.runtime = Runtime(store, limits)
+        # Kept: gRPC calls the fetcher in it for as long as the port is open.
+        self._credentials = server_credentials(config) if config.tls_cert is not None else None
         self._refusals = Refusals(self.runtime.offer, self.runtime.now)
         self._tokens = Tokens(Path(config.tokens)) if config.tokens else None
         self._gate = Gate(self._tokens, self._refusals) if self._tokens is not None else None
@@ -71,16 +74,19 @@ class Coordinator:
         for name in _service_names():
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         log.info("coordinator at %s", self.endpoint)
-        if self._tokens is not None and not self.endpoint.is_loopback:
+        if self._tokens is not None and not self.endpoint.is_loopback and not self.endpoint.tls:
             log.warning("tokens travel in plaintext to %s: whoever sees the traffic can use them", self.endpoint)
 
     def _bind(self) -> None:
         try:
-            port = self._server.add_insecure_port(self.endpoint.target)
+            if self._credentials is not None:
+                port = self._server.add_secure_port(self.endpoint.target, self._credentials)
+            else:
+                port = self._server.add_insecure_port(self.endpoint.target)
         except RuntimeError as error:
             raise CannotBind(f"cannot listen on {self.endpoint}: it is taken or not this machine's") from error
         if not self.endpoint.path:
-            self.endpoint = Endpoint(host=self.endpoint.host, port=port)
+            self.endpoint = Endpoint(host=self.endpoint.host, port=port, tls=self._credentials is not None)
 
     def _add_services(self) -> None:
         config = self._config
@@ -121,7 +127,10 @@ def software_version() -> str:
 
 
 async def serve(config: Config, on_started: Callable[[Endpoint], None] = lambda _: None) -> None:
-    """Runs until SIGTERM or SIGINT, or until the store or the leader fails. Raises StoreError, CannotBind."""
+    """Runs until SIGTERM or SIGINT, or until the store or the leader fails.
+
+    Raises BadCertificate, StoreError, CannotBind.
+    """
     coordinator = Coordinator(config)
     loop, stops = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

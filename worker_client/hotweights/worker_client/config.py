@@ -11,8 +11,12 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hotweights.wire.endpoint import Endpoint, parse_endpoint
+
+if TYPE_CHECKING:
+    from hotweights.wire.access import Access
 
 
 class BadSetting(ValueError):
@@ -34,6 +38,12 @@ class Setting:
 
 SETTINGS = (
     Setting("HOTWEIGHTS_ENDPOINT", "", "the coordinator; HOTWEIGHTS_COORD is read when it is unset"),
+    Setting("HOTWEIGHTS_CA", "", "whose certificates are trusted (PEM file), for grpcs:// and between agents"),
+    Setting("HOTWEIGHTS_CERT", "", "this client's certificate (PEM file); an agent's data port shows it too"),
+    Setting("HOTWEIGHTS_KEY", "", "the certificate's key (PEM file)"),
+    Setting("HOTWEIGHTS_TOKEN_FILE", "", "file of the token that is shown to the coordinator"),
+    Setting("HOTWEIGHTS_TOKEN", "", "the token itself, read when HOTWEIGHTS_TOKEN_FILE is unset; never printed"),
+    Setting("HOTWEIGHTS_INSECURE_TOKEN", "0", "1 sends the token in plaintext to other machines too"),
     Setting("HOTWEIGHTS_MODEL", "", "the model an engine follows; empty is the coordinator's only one"),
     Setting("HOTWEIGHTS_REPLICA", "HOST-PID", "the replica's id; set it to keep it over restarts"),
     Setting("HOTWEIGHTS_NODE", "host name", "the node's id"),
@@ -82,9 +92,25 @@ class Config:
     route: str = "auto"
     torn: str = "end"
     failpoints: str = ""
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    token_file: Path | None = None
+    token: str = field(default="", repr=False)
+    insecure_token: bool = False
+
+    @property
+    def access(self) -> "Access":
+        """What is shown to the coordinator."""
+        from hotweights.wire.access import Access  # gRPC comes with it, which a process that forks must not have yet
+
+        return Access(self.ca, self.cert, self.key, self.token_file, self.token, self.insecure_token)
 
     def as_environ(self) -> dict[str, str]:
-        """The variables that make a child process read the same settings."""
+        """The variables that make a child process read the same settings.
+
+        The token itself is left out: as a variable a child inherits it, and nowhere else may it appear.
+        """
         pairs = ",".join(f"{old}={new}" for old, new in self.name_map.items())
         return {
             "HOTWEIGHTS_ENDPOINT": str(self.endpoint) if self.endpoint else "",
@@ -102,6 +128,11 @@ class Config:
             "HOTWEIGHTS_NAME_MAP": pairs,
             "HOTWEIGHTS_ROUTE": self.route,
             "HOTWEIGHTS_TORN": self.torn,
+            "HOTWEIGHTS_CA": str(self.ca or ""),
+            "HOTWEIGHTS_CERT": str(self.cert or ""),
+            "HOTWEIGHTS_KEY": str(self.key or ""),
+            "HOTWEIGHTS_TOKEN_FILE": str(self.token_file or ""),
+            "HOTWEIGHTS_INSECURE_TOKEN": str(int(self.insecure_token)),
         }
 
 
@@ -162,6 +193,21 @@ def _torn(text: str) -> str:
     return text
 
 
+def _file(environ: Mapping[str, str], name: str) -> Path | None:
+    """Absolute: an agent that is started in the background has another working directory."""
+    text = environ.get(name, "").strip()
+    return Path(text).expanduser().absolute() if text else None
+
+
+def _check_pair(config: Config) -> None:
+    for name, given, other, missing in (
+        ("HOTWEIGHTS_CERT", config.cert, "HOTWEIGHTS_KEY", config.key),
+        ("HOTWEIGHTS_KEY", config.key, "HOTWEIGHTS_CERT", config.cert),
+    ):
+        if given is not None and missing is None:
+            raise BadSetting(name, str(given), f"goes with {other}, which is not set")
+
+
 def _default_stage() -> Path:
     """Shared memory where there is some; a folder of the user's own elsewhere (macOS)."""
     user = os.getuid()
@@ -185,7 +231,7 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
     stage_dir = Path(env.get("HOTWEIGHTS_STAGE_DIR") or _default_stage())
     socket_path = env.get("HOTWEIGHTS_AGENT_SOCKET")
     host = socket.gethostname()
-    return Config(
+    config = Config(
         endpoint=parse_endpoint(endpoint) if endpoint else None,
         model=env.get("HOTWEIGHTS_MODEL", ""),
         node=env.get("HOTWEIGHTS_NODE") or host,
@@ -207,4 +253,12 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         route=_route(env.get("HOTWEIGHTS_ROUTE") or "auto"),
         torn=_torn(env.get("HOTWEIGHTS_TORN") or "end"),
         failpoints=env.get("HOTWEIGHTS_FAILPOINTS", ""),
+        ca=_file(env, "HOTWEIGHTS_CA"),
+        cert=_file(env, "HOTWEIGHTS_CERT"),
+        key=_file(env, "HOTWEIGHTS_KEY"),
+        token_file=_file(env, "HOTWEIGHTS_TOKEN_FILE"),
+        token=env.get("HOTWEIGHTS_TOKEN", "").strip(),
+        insecure_token=env.get("HOTWEIGHTS_INSECURE_TOKEN", "").lower() in _TRUE,
     )
+    _check_pair(config)
+    return config

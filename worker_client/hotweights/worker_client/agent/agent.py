@@ -54,9 +54,13 @@ class Agent:
         self.images.verify_found(found)
         self._tasks.append(asyncio.ensure_future(self.folders.recall()))
         if self.config.endpoint is not None:
-            self.coordinator = Coordinator(self.config.endpoint)
+            self.coordinator = Coordinator(self.config.endpoint, self.config.access)
             self.session = Session(
-                self.config.endpoint, self._hello, self._on_order, adopt_cluster=self.config.adopt_cluster
+                self.config.endpoint,
+                self._hello,
+                self._on_order,
+                adopt_cluster=self.config.adopt_cluster,
+                access=self.config.access,
             )
             self._orders = Orders(self.images, self.session.report)
             self._tasks.append(asyncio.ensure_future(self.session.run()))
@@ -75,8 +79,6 @@ class Agent:
         await self.data.close()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        if self.coordinator is not None:
-            await self.coordinator.close()
 
     def failed(self) -> BaseException | None:
         """What ended a background task that should not have ended."""
@@ -97,8 +99,11 @@ class Agent:
             self._calls -= 1
             self.used_at = time.monotonic()
 
-    async def publish(self, known: Known, request: pb.PublishFolderRequest) -> model_pb2.Version:
-        """Makes a folder that is known a version. Raises Refused, Unreachable, FolderChanged."""
+    async def publish(self, known: Known, request: pb.PublishFolderRequest, token: str = "") -> model_pb2.Version:
+        """Makes a folder that is known a version. Raises Refused, Unreachable, FolderChanged.
+
+        `token` is the publisher's: what it may do is its own matter, not the agent's.
+        """
         if self.coordinator is None:
             raise Refused(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -118,6 +123,7 @@ class Agent:
                 options=request.options,
             ),
             known.image.blob,
+            token,
         )
         self.folders.publish_as(known, request.model, request.version)
         self._holdings_changed()
