@@ -7,6 +7,8 @@ from hotweights.wire.endpoint import BadEndpoint, Endpoint, parse_endpoint
 GOOD = {
     "tcp://127.0.0.1:5555": (Endpoint("127.0.0.1", 5555), "127.0.0.1:5555", "tcp://127.0.0.1:5555"),
     "grpc://host.example:1": (Endpoint("host.example", 1), "host.example:1", "tcp://host.example:1"),
+    "grpcs://host.example:1": (Endpoint("host.example", 1, tls=True), "host.example:1", "grpcs://host.example:1"),
+    "grpcs://[::1]:80": (Endpoint("::1", 80, tls=True), "[::1]:80", "grpcs://[::1]:80"),
     "localhost:0": (Endpoint("localhost", 0), "localhost:0", "tcp://localhost:0"),
     " 10.0.0.1:65535 ": (Endpoint("10.0.0.1", 65535), "10.0.0.1:65535", "tcp://10.0.0.1:65535"),
     "tcp://h:1/": (Endpoint("h", 1), "h:1", "tcp://h:1"),
@@ -45,6 +47,8 @@ BAD = {
     "a/b:80": "no host",
     "a b:80": "no host",
     "a\udc80:80": "no host",
+    "grpcs://": "port is missing",
+    "GRPCS://host:1": "unknown scheme",
     "::1:80": "in brackets",
     "[::1:80": "in brackets",
     "::1]:80": "in brackets",

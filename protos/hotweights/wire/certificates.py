@@ -13,7 +13,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -44,7 +44,7 @@ class Pair:
     """A certificate chain and its key as PEM, known to fit. `ends_at_s` is in Unix seconds."""
 
     cert: bytes
-    key: bytes
+    key: bytes = field(repr=False)
     ends_at_s: float
 
 

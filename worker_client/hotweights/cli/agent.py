@@ -43,6 +43,8 @@ def agent(arguments: argparse.Namespace) -> int:
     )
     if arguments.auto and arguments.endpoint is None and not _endpoint_is_set():
         config = dataclasses.replace(config, endpoint=None)
+    if config.endpoint is not None:
+        config.access.read(config.endpoint)  # files that are no good are said now, not by the first stream
     if not arguments.auto:
         _log_to_stderr()
     try:

@@ -19,6 +19,7 @@ from hotweights.v1 import agent_service_pb2 as pb
 from hotweights.v1 import coordinator_service_pb2, fleet_pb2, model_pb2
 from hotweights.v1 import worker_service_pb2 as worker_pb
 from hotweights.wire.errors import Refused
+from hotweights.worker_client.agent.certificates import peer_tls
 from hotweights.worker_client.agent.coordinator import Coordinator
 from hotweights.worker_client.agent.data import DataPort
 from hotweights.worker_client.agent.folders import Folders, Known
@@ -36,11 +37,12 @@ class Agent:
     """One node's agent from `start` to `close`. Use from one event loop."""
 
     def __init__(self, config: Config, stage: Stage) -> None:
+        """Raises BadCertificate."""
         self.config = config
         self.stage = stage
         self.folders = Folders(stage.root / "served.json", config.bucket_bytes, self._holdings_changed)
-        self.images = Images(stage, self.folders, self._manifest_of, self._holdings_changed)
-        self.data = DataPort(config.node, stage, self.folders)
+        self.data = DataPort(config.node, stage, self.folders, peer_tls(config))
+        self.images = Images(stage, self.folders, self._manifest_of, self._holdings_changed, self.data.connect)
         self.coordinator: Coordinator | None = None
         self.session: Session | None = None
         self.used_at = time.monotonic()
@@ -50,7 +52,8 @@ class Agent:
 
     async def start(self, found: list[bytes]) -> None:
         """`found` is what Stage.open gave. Raises OSError, ValueError for a data port that cannot be."""
-        await self.data.start(self.config.listen, self.config.advertise)
+        tls_only = self.config.endpoint is not None and self.config.endpoint.tls
+        await self.data.start(self.config.listen, self.config.advertise, tls_only=tls_only)
         self.images.verify_found(found)
         self._tasks.append(asyncio.ensure_future(self.folders.recall()))
         if self.config.endpoint is not None:
