@@ -43,11 +43,11 @@ class Coordinator:
     def __init__(self, config: Config) -> None:
         """Raises BadCertificate, and BadTokens for a tokens file that cannot be used."""
         self._config = config
+        # Kept: gRPC calls the fetcher in it for as long as the port is open.
+        self._credentials = server_credentials(config) if config.tls_cert is not None else None
         limits = Limits(lease_s=config.lease_s, keep_versions=config.keep_versions)
         store = open_store(config.store, config.keep_events)
         self.runtime = Runtime(store, limits)
-        # Kept: gRPC calls the fetcher in it for as long as the port is open.
-        self._credentials = server_credentials(config) if config.tls_cert is not None else None
         self._refusals = Refusals(self.runtime.offer, self.runtime.now)
         self._tokens = Tokens(Path(config.tokens)) if config.tokens else None
         self._gate = Gate(self._tokens, self._refusals) if self._tokens is not None else None
