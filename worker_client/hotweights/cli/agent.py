@@ -8,6 +8,7 @@ from hotweights.cli.errors import CommandFailed
 
 def add_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     parser = add_command(commands, "agent", agent, "Run this node's agent in the foreground.")
+    parser.set_defaults(has_log=True)
     add_endpoint(parser)
     add_access(parser)
     parser.add_argument("--node", help="the node's id (default: the host's name)")

@@ -17,6 +17,11 @@ def environment() -> Mapping[str, str]:
     return os.environ
 
 
+def quieten_grpc() -> None:
+    """gRPC tells stderr of handshakes that fail; a command says why in one line of its own. Before gRPC is imported."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
 def read_settings(endpoint: str | None = None, **given: object) -> Config:
     """The worker side's settings; `given` are by the variable's name without HOTWEIGHTS_, None is not given.
 
@@ -31,8 +36,6 @@ def read_settings(endpoint: str | None = None, **given: object) -> Config:
 
 def client_settings(arguments: argparse.Namespace, **given: object) -> Config:
     """As read_settings, of a command with add_endpoint and add_access. Raises CommandFailed too."""
-    # gRPC tells stderr of handshakes that fail, line by line; a command says why in one line of its own.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     files = {name: getattr(arguments, name) for name in ("ca", "cert", "key", "token_file")}
     config = read_settings(arguments.endpoint, **files, **given)
     assert config.endpoint is not None, "read_settings sets it"

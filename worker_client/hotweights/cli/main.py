@@ -43,6 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code; argparse itself exits with 2 for wrong usage."""
     arguments = build_parser().parse_args(argv)
+    from hotweights.cli.config import quieten_grpc
+
+    if not getattr(arguments, "has_log", False):
+        quieten_grpc()
     from hotweights.cli.running import run_command
 
     return run_command(arguments)

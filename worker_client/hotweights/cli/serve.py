@@ -19,6 +19,7 @@ _EXTRA = {"platformdirs", "grpc_health", "grpc_reflection"}
 
 def add_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     parser = add_command(commands, "coord-serve", coord_serve, "Run a coordinator in the foreground.", "serve")
+    parser.set_defaults(has_log=True)
     add_endpoint(parser)
     parser.add_argument("--store", help="sqlite:PATH or memory: (default: HOTWEIGHTS_STORE, else the user's state)")
     parser.add_argument(
