@@ -16,9 +16,9 @@ from hotweights.transports.errors import TlsFailed
 from hotweights.v1 import worker_service_pb2
 from hotweights.wire import certificates
 from hotweights.wire.certificates import BadCertificate
+from hotweights.worker_client.agent.certificates import peer_tls
 from hotweights.worker_client.agent.data import DataPort
 from hotweights.worker_client.agent.folders import Folders
-from hotweights.worker_client.agent.peers import peer_tls
 from hotweights.worker_client.agent_client import AgentClient
 from hotweights.worker_client.config import Config
 from hotweights.worker_client.stage.stage import Stage
