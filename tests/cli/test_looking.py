@@ -12,7 +12,7 @@ from .processes import COMMAND, DEADLINE_S, Node, Serving, one_line
 
 COMMANDS = (
     *("coord-serve", "serve", "coord-health", "agent", "publish", "verify", "update", "rollback", "plan", "cancel"),
-    *("resume", "coord-status", "status", "versions", "events", "policy", "undrain", "config"),
+    *("resume", "coord-status", "status", "versions", "events", "policy", "undrain", "config", "token"),
 )
 
 

@@ -140,6 +140,23 @@ async def test_a_bad_publication_is_refused_and_leaves_nothing(live: Live, what:
     assert not live.state.models
 
 
+async def test_an_image_that_is_said_to_be_larger_than_any_number_is_refused_and_the_leader_lives(live: Live) -> None:
+    manifest = manifest_pb2.Manifest.FromString(BLOB)
+    manifest.files[0].size_bytes = (1 << 64) - 1
+    manifest.files.add(name="more.safetensors", size_bytes=(1 << 64) - 1, weights=True)
+    refusal = await refused(live.publish("v1", manifest.SerializeToString()))
+    assert "said to have 36893488147419103230 bytes" in refusal.message
+    assert (await live.publish("v1")).version.image_bytes == 1000
+
+
+async def test_a_watch_from_a_revision_beyond_all_waits(tmp_path: Path) -> None:
+    async with running(f"sqlite:{tmp_path / 's.db'}") as live:  # which counts in signed 64 bits
+        call = live.service.WatchEvents(pb.WatchEventsRequest(from_revision=(1 << 64) - 1))
+        await soon(call.initial_metadata())
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(call.read(), 0.5)
+
+
 async def test_a_manifest_that_is_too_large_is_refused(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_module, "MANIFEST_BYTES_MAX", 3 * PAGE_BYTES_MAX)
     blob = manifest_of("large", tensors=60_000)

@@ -5,10 +5,12 @@ import hashlib
 import threading
 
 import pytest
+from tests.certificates import Authority, contexts
 from tests.transports.sources import IMAGE, MIB, TOKEN, Held, pattern, serving
 
 from hotweights.transports.base import Connection, Server, Transport
 from hotweights.transports.errors import DeadlinePassed, NotHeld, PeerGone, TokenRefused
+from hotweights.transports.line import Tls
 from hotweights.transports.memory import MemoryNetwork, MemoryTransport
 from hotweights.transports.tcp import TcpTransport
 
@@ -16,9 +18,17 @@ OTHER_IMAGE = bytes(32)
 CONTENT = pattern(3 * MIB + 5)
 
 
-@pytest.fixture(params=["memory", "tcp"])
-def transport(request: pytest.FixtureRequest) -> Transport:
-    return MemoryTransport(MemoryNetwork()) if request.param == "memory" else TcpTransport()
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
+    authority = Authority(tmp_path_factory.mktemp("certificates"))
+    return contexts(authority.issue("source"), authority.issue("reader"), trusts=authority.file)
+
+
+@pytest.fixture(params=["memory", "tcp", "tcp over TLS"])
+def transport(request: pytest.FixtureRequest, tls: Tls) -> Transport:
+    if request.param == "memory":
+        return MemoryTransport(MemoryNetwork())
+    return TcpTransport(tls=tls if request.param == "tcp over TLS" else None)
 
 
 async def connect(transport: Transport, server: Server, token: bytes = TOKEN) -> Connection:

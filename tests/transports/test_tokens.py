@@ -70,6 +70,14 @@ def test_impossible_arguments_are_the_callers_mistake() -> None:
             make_token(key, image, reader, "s", 1)
 
 
+@pytest.mark.parametrize("name", [b"", b"\x84"])
+def test_a_sealed_token_that_names_no_reader_is_refused_all_the_same(name: bytes) -> None:
+    """Nobody makes one; a check must not fail in another way for it."""
+    head = tokens._HEAD.pack(1, 10, len(name)) + name
+    with pytest.raises(BadToken):
+        check_token(KEY, head + tokens._mac(KEY, head, IMAGE, "s"), IMAGE, "s", 1)
+
+
 def test_every_token_fits_a_transport() -> None:
     longest = make_token(KEY, IMAGE, "r" * tokens._READER_BYTES_MAX, "s", 1)
     assert len(longest) == TOKEN_BYTES_MAX == base.TOKEN_BYTES_MAX

@@ -129,6 +129,14 @@ class Runtime:
         """Hands in what happened; waits when the inbox is full."""
         await self._inbox.put(Item(event))
 
+    def offer(self, event: e.Event) -> bool:
+        """Hands in what may be lost, without waiting; False when the inbox is full."""
+        try:
+            self._inbox.put_nowait(Item(event))
+        except asyncio.QueueFull:
+            return False
+        return True
+
     async def ask(
         self,
         event: e.Event,
@@ -282,7 +290,7 @@ class Runtime:
         )
         for item in items:
             _refuse(item, refusal)
-        waiting = [i for i in items if i.asked is None and not isinstance(i.event, e.Ticked)]
+        waiting = [i for i in items if i.asked is None and not isinstance(i.event, e.Ticked | e.CallRefused)]
         self._held_back.extend(waiting)
         await asyncio.sleep(STORE_RETRY_S)
 

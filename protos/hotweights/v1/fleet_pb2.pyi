@@ -29,6 +29,7 @@ class EventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EVENT_KIND_NODE_STAGED: _ClassVar[EventKind]
     EVENT_KIND_MODEL_POLICY: _ClassVar[EventKind]
     EVENT_KIND_REPLICA_DEFERRED: _ClassVar[EventKind]
+    EVENT_KIND_CALL_REFUSED: _ClassVar[EventKind]
 EVENT_KIND_UNSPECIFIED: EventKind
 EVENT_KIND_VERSION_PUBLISHED: EventKind
 EVENT_KIND_VERSION_AVAILABLE: EventKind
@@ -48,6 +49,7 @@ EVENT_KIND_NODE_DETACHED: EventKind
 EVENT_KIND_NODE_STAGED: EventKind
 EVENT_KIND_MODEL_POLICY: EventKind
 EVENT_KIND_REPLICA_DEFERRED: EventKind
+EVENT_KIND_CALL_REFUSED: EventKind
 
 class Rank(_message.Message):
     __slots__ = ("index", "node_id", "pid")
@@ -106,7 +108,7 @@ class Node(_message.Message):
     def __init__(self, id: _Optional[str] = ..., connected: bool = ..., data_endpoint: _Optional[str] = ..., held_digests: _Optional[_Iterable[bytes]] = ..., stage_bytes_used: _Optional[int] = ..., stage_bytes_free: _Optional[int] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("revision", "at", "kind", "model", "version", "update_id", "replica_id", "node_id", "message", "window")
+    __slots__ = ("revision", "at", "kind", "model", "version", "update_id", "replica_id", "node_id", "message", "window", "refusal")
     REVISION_FIELD_NUMBER: _ClassVar[int]
     AT_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +119,7 @@ class Event(_message.Message):
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     revision: int
     at: _timestamp_pb2.Timestamp
     kind: EventKind
@@ -127,4 +130,21 @@ class Event(_message.Message):
     node_id: str
     message: str
     window: _update_pb2.WindowTimes
-    def __init__(self, revision: _Optional[int] = ..., at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., kind: _Optional[_Union[EventKind, str]] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., update_id: _Optional[str] = ..., replica_id: _Optional[str] = ..., node_id: _Optional[str] = ..., message: _Optional[str] = ..., window: _Optional[_Union[_update_pb2.WindowTimes, _Mapping]] = ...) -> None: ...
+    refusal: Refusal
+    def __init__(self, revision: _Optional[int] = ..., at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., kind: _Optional[_Union[EventKind, str]] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., update_id: _Optional[str] = ..., replica_id: _Optional[str] = ..., node_id: _Optional[str] = ..., message: _Optional[str] = ..., window: _Optional[_Union[_update_pb2.WindowTimes, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("peer", "name", "role", "method", "reason", "passed_over")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PASSED_OVER_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    name: str
+    role: str
+    method: str
+    reason: str
+    passed_over: int
+    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[str] = ..., method: _Optional[str] = ..., reason: _Optional[str] = ..., passed_over: _Optional[int] = ...) -> None: ...

@@ -217,7 +217,7 @@ class EndUpdate(_message.Message):
     def __init__(self, committed: bool = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("number", "update_id", "epoch", "stage_progress", "staged", "stage_failed", "images_held", "prepared", "prepare_failed", "applied", "apply_failed", "active_changed", "deferred")
+    __slots__ = ("number", "update_id", "epoch", "stage_progress", "staged", "stage_failed", "images_held", "prepared", "prepare_failed", "applied", "apply_failed", "active_changed", "deferred", "peer_refused")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -231,6 +231,7 @@ class Report(_message.Message):
     APPLY_FAILED_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_CHANGED_FIELD_NUMBER: _ClassVar[int]
     DEFERRED_FIELD_NUMBER: _ClassVar[int]
+    PEER_REFUSED_FIELD_NUMBER: _ClassVar[int]
     number: int
     update_id: str
     epoch: int
@@ -244,7 +245,8 @@ class Report(_message.Message):
     apply_failed: ApplyFailed
     active_changed: ActiveChanged
     deferred: Deferred
-    def __init__(self, number: _Optional[int] = ..., update_id: _Optional[str] = ..., epoch: _Optional[int] = ..., stage_progress: _Optional[_Union[StageProgress, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., stage_failed: _Optional[_Union[StageFailed, _Mapping]] = ..., images_held: _Optional[_Union[ImagesHeld, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., prepare_failed: _Optional[_Union[PrepareFailed, _Mapping]] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., apply_failed: _Optional[_Union[ApplyFailed, _Mapping]] = ..., active_changed: _Optional[_Union[ActiveChanged, _Mapping]] = ..., deferred: _Optional[_Union[Deferred, _Mapping]] = ...) -> None: ...
+    peer_refused: PeerRefused
+    def __init__(self, number: _Optional[int] = ..., update_id: _Optional[str] = ..., epoch: _Optional[int] = ..., stage_progress: _Optional[_Union[StageProgress, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., stage_failed: _Optional[_Union[StageFailed, _Mapping]] = ..., images_held: _Optional[_Union[ImagesHeld, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., prepare_failed: _Optional[_Union[PrepareFailed, _Mapping]] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., apply_failed: _Optional[_Union[ApplyFailed, _Mapping]] = ..., active_changed: _Optional[_Union[ActiveChanged, _Mapping]] = ..., deferred: _Optional[_Union[Deferred, _Mapping]] = ..., peer_refused: _Optional[_Union[PeerRefused, _Mapping]] = ...) -> None: ...
 
 class StageProgress(_message.Message):
     __slots__ = ("manifest_digest", "bytes_done", "bytes_total")
@@ -333,3 +335,9 @@ class ActiveChanged(_message.Message):
     fingerprints: _containers.RepeatedScalarFieldContainer[bytes]
     note: str
     def __init__(self, active_digest: _Optional[bytes] = ..., fingerprints: _Optional[_Iterable[bytes]] = ..., note: _Optional[str] = ...) -> None: ...
+
+class PeerRefused(_message.Message):
+    __slots__ = ("refusal",)
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    refusal: _fleet_pb2.Refusal
+    def __init__(self, refusal: _Optional[_Union[_fleet_pb2.Refusal, _Mapping]] = ...) -> None: ...

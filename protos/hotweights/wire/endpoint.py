@@ -1,12 +1,14 @@
 """Endpoints as people write them, and the target and bind address that gRPC wants.
 
-tcp://host:port   grpc://host:port   host:port   [::1]:port   unix:/path   unix:///path
+tcp://host:port   grpc://host:port   host:port   [::1]:port   unix:/path   unix:///path      plaintext
+grpcs://host:port                                                                             TLS
 """
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
-FORMS = "tcp://HOST:PORT, grpc://HOST:PORT, HOST:PORT or unix:PATH"
+FORMS = "tcp://HOST:PORT, grpc://HOST:PORT, grpcs://HOST:PORT, HOST:PORT or unix:PATH"
 
 
 class BadEndpoint(ValueError):
@@ -19,11 +21,12 @@ class BadEndpoint(ValueError):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Either a TCP address (`host`, `port`) or a unix socket (`path`)."""
+    """Either a TCP address (`host`, `port`, with or without `tls`) or a unix socket (`path`)."""
 
     host: str = ""
     port: int = 0
     path: str = ""
+    tls: bool = False
 
     @property
     def target(self) -> str:
@@ -44,7 +47,9 @@ class Endpoint:
             return False
 
     def __str__(self) -> str:
-        return self.target if self.path else f"tcp://{self.target}"
+        if self.path:
+            return self.target
+        return f"{'grpcs' if self.tls else 'tcp'}://{self.target}"
 
 
 def parse_endpoint(text: str) -> Endpoint:
@@ -58,7 +63,7 @@ def parse_endpoint(text: str) -> Endpoint:
         return Endpoint(path=path)
     scheme, separator, after = rest.partition("://")
     if separator:
-        if scheme not in ("tcp", "grpc"):
+        if scheme not in ("tcp", "grpc", "grpcs"):
             raise BadEndpoint(text, f"unknown scheme {scheme!r}")
         rest = after
     host, separator, port = rest.rstrip("/").rpartition(":")
@@ -68,6 +73,10 @@ def parse_endpoint(text: str) -> Endpoint:
         raise BadEndpoint(text, "the host is missing")
     if host.startswith("[") != host.endswith("]") or (":" in host and host[0] != "["):
         raise BadEndpoint(text, "an IPv6 address goes in brackets")
-    if not (port.isascii() and port.isdigit() and int(port) < 65536):
+    # Brackets only around, and something inside them.
+    if not re.fullmatch(r"\[[^][/\s]+\]|[^][/\s]+", host) or not host.isprintable():
+        raise BadEndpoint(text, f"{host!r} is no host")
+    # The length first: int() raises for thousands of digits.
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 65536):
         raise BadEndpoint(text, f"{port!r} is not a port")
-    return Endpoint(host=host.strip("[]"), port=int(port))
+    return Endpoint(host=host.strip("[]"), port=int(port), tls=bool(after) and scheme == "grpcs")

@@ -55,11 +55,14 @@ def check_token(key: bytes, token: bytes, image: bytes, source: str, now_s: floa
     if len(image) != DIGEST_BYTES or not hmac.compare_digest(mac, _mac(key, head, image, source)):
         raise BadToken("is not for this image and source, or not from this cluster's coordinator")
     version, expires_at_s, length = _HEAD.unpack_from(head)
-    if version != _VERSION or len(head) != _HEAD.size + length:
+    if version != _VERSION or not length or len(head) != _HEAD.size + length:
         raise BadToken("is of another layout")
     if now_s >= expires_at_s:
         raise BadToken(f"expired {now_s - expires_at_s:.0f} s ago", expired=True)
-    return head[_HEAD.size :].decode()
+    try:
+        return head[_HEAD.size :].decode()
+    except UnicodeDecodeError:
+        raise BadToken("names no reader") from None
 
 
 def _mac(key: bytes, head: bytes, image: bytes, source: str) -> bytes:

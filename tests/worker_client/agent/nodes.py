@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from tests.certificates import Files
 
 from hotweights.v1 import coordinator_service_pb2 as pb
 from hotweights.v1 import (
@@ -91,6 +92,8 @@ class SmallCoordinator(
         self.answers: list[worker_service_pb2.Answer] = []
         self._orders: dict[str, asyncio.Queue[worker_service_pb2.Order]] = {}
         self._numbers = itertools.count(1)
+        # Of every session and publication: which it was, and the authorization that it showed.
+        self.shown: list[tuple[str, str]] = []
 
     # --- what tests use --------------------------------------------------------------------------
 
@@ -126,6 +129,7 @@ class SmallCoordinator(
     # --- what agents call ------------------------------------------------------------------------
 
     async def Session(self, requests: Any, context: Any) -> AsyncIterator[worker_service_pb2.SessionResponse]:
+        self._remember("Session", context)
         first = await anext(aiter(requests))
         hello = first.hello.agent
         self.hellos[hello.node_id] = hello
@@ -144,6 +148,9 @@ class SmallCoordinator(
             self.hellos.pop(hello.node_id, None)
             self.held.pop(hello.node_id, None)
 
+    def _remember(self, method: str, context: Any) -> None:
+        self.shown.append((method, str(dict(context.invocation_metadata()).get("authorization", ""))))
+
     async def _read(self, requests: Any, node: str) -> None:
         async for request in requests:
             if request.WhichOneof("message") == "answer":
@@ -154,6 +161,7 @@ class SmallCoordinator(
                     self.held[node] = list(request.report.images_held.digests)
 
     async def PublishVersion(self, requests: Any, context: Any) -> pb.PublishVersionResponse:
+        self._remember("PublishVersion", context)
         header, joiner = pb.PublishHeader(), PageJoiner()
         async for request in requests:
             if request.WhichOneof("part") == "header":
@@ -196,12 +204,18 @@ class SmallCoordinator(
 
 
 @contextlib.asynccontextmanager
-async def a_coordinator() -> AsyncIterator[SmallCoordinator]:
+async def a_coordinator(files: Files | None = None) -> AsyncIterator[SmallCoordinator]:
+    """Over mutual TLS with `files`."""
     small = SmallCoordinator()
     server = grpc.aio.server(options=server_options())
     coordinator_service_pb2_grpc.add_CoordinatorServiceServicer_to_server(small, server)
     worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(small, server)
-    small.endpoint = f"tcp://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    if files is None:
+        small.endpoint = f"tcp://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    else:
+        pair = (files.key.read_bytes(), files.cert.read_bytes())
+        credentials = grpc.ssl_server_credentials([pair], files.ca.read_bytes(), require_client_auth=True)
+        small.endpoint = f"grpcs://127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
     await server.start()
     try:
         yield small

@@ -26,7 +26,7 @@ from hotweights.worker_client.stage.errors import StageTaken
 
 @pytest.fixture
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short: a socket's path has at most 103 bytes."""
+    """Short: a socket's path has at most 99 bytes."""
     return tmp_path_factory.mktemp("n")
 
 

@@ -28,6 +28,10 @@ class PeerGone(TransportError):
         self.problem = problem
 
 
+class TlsFailed(PeerGone):
+    """The two sides do not come to TLS: one speaks none, or does not accept what the other shows."""
+
+
 class NotHeld(TransportError, LookupError):
     """The source has no such range (any more). Try another source. Sources raise it themselves."""
 

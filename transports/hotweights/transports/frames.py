@@ -2,7 +2,7 @@
 
     reader                               source
     HELLO magic, token           ---->
-                                 <----   WELCOME, or REFUSED busy
+                                 <----   WELCOME, or REFUSED busy or TLS
     READ image, file, offset, size -->
                                  <----   DATA size, then that many bytes; or REFUSED why
     READ ...
@@ -12,18 +12,20 @@ DATA are longer than FRAME_BYTES_MAX, and their number was asked for.
 """
 
 import asyncio
-import socket
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
 from hotweights.transports.base import RANGE_BYTES_MAX, TOKEN_BYTES_MAX
+from hotweights.transports.line import Line, NoTls
 
 MAGIC = b"HOTWTS01"
 FRAME_BYTES_MAX = 1024
 # About a millisecond of copying.
 YIELD_BYTES = 4 << 20
 _TEXT_BYTES_MAX = 512
+# How a peer that speaks TLS begins: with an alert, or with its handshake.
+_TLS = (b"\x15\x03", b"\x16\x03")
 
 _PREFIX = struct.Struct("!IB")
 _READ = struct.Struct("!32sIQQ")
@@ -49,6 +51,8 @@ class Why(IntEnum):
     NOT_HELD = 1
     TOKEN = 2
     BUSY = 3
+    # In plaintext, to who speaks none where this side does, or the reverse.
+    TLS = 4
 
 
 class Garbage(Exception):
@@ -129,24 +133,25 @@ def parse_refused(body: bytes) -> tuple[Why, str]:
         raise Garbage("refused without a reason") from None
 
 
-async def receive_frame(sock: socket.socket) -> tuple[Kind, bytes]:
-    """The next frame. Raises Garbage, Ended, OSError. Has no deadline of its own."""
+async def receive_frame(line: Line) -> tuple[Kind, bytes]:
+    """The next frame. Raises Garbage, Ended, OSError, NoTls. Has no deadline of its own."""
     prefix = bytearray(_PREFIX.size)
-    await receive_into(sock, memoryview(prefix), midway=False)
+    await receive_into(line, memoryview(prefix), midway=False)
+    if prefix.startswith(_TLS):
+        raise NoTls("speaks TLS, and this side does not", one_is_plain=True)
     length, number = _PREFIX.unpack(prefix)
     if length > FRAME_BYTES_MAX or number not in _KINDS:
         raise Garbage("sent what is no frame")
     body = bytearray(length)
-    await receive_into(sock, memoryview(body), midway=True)
+    await receive_into(line, memoryview(body), midway=True)
     return Kind(number), bytes(body)
 
 
-async def receive_into(sock: socket.socket, into: memoryview, *, midway: bool) -> None:
-    """Fills `into`. Raises Ended, OSError. Has no deadline of its own."""
-    loop = asyncio.get_running_loop()
+async def receive_into(line: Line, into: memoryview, *, midway: bool) -> None:
+    """Fills `into`. Raises Ended, OSError, NoTls. Has no deadline of its own."""
     at = unyielded = 0
     while at < len(into):
-        got = await loop.sock_recv_into(sock, into[at:])
+        got = await line.receive_some(into[at:])
         if not got:
             raise Ended(midway=midway or at > 0)
         at += got

@@ -2,14 +2,18 @@
 
 from hotweights.transports.base import Transport
 from hotweights.transports.errors import TransportMissing
+from hotweights.transports.line import Tls
 
 KNOWN = ("memory", "tcp")
 # Named in the design, so that asking for one is told apart from a typing error.
 PLANNED = ("cuda_ipc", "mpi", "ucx")
 
 
-def open_transport(name: str) -> Transport:
-    """The transport of that name. Imports only that one. Raises TransportMissing."""
+def open_transport(name: str, tls: Tls | None = None) -> Transport:
+    """The transport of that name. Imports only that one. Raises TransportMissing.
+
+    `tls` is for transports that cross a network: with it they speak TLS, and nothing else.
+    """
     if name == "memory":
         from hotweights.transports.memory import MemoryTransport
 
@@ -17,6 +21,6 @@ def open_transport(name: str) -> Transport:
     if name == "tcp":
         from hotweights.transports.tcp import TcpTransport
 
-        return TcpTransport()
+        return TcpTransport(tls=tls)
     reason = "is not in this version" if name in PLANNED else ""
     raise TransportMissing(name, known=KNOWN, reason=reason)

@@ -1,6 +1,7 @@
 """Plain TCP: bytes go from the source's memory to the reader's with no copy of ours in between.
 
-Loopback unless told otherwise. The first frame carries a token; see frames.py for the rest.
+Over TLS where contexts are given, with OpenSSL in between. Loopback unless told otherwise. The first frame carries
+a token; see frames.py for the rest.
 """
 
 import asyncio
@@ -9,7 +10,8 @@ import socket
 from hotweights.transports import frames
 from hotweights.transports.address import format_address, parse_address
 from hotweights.transports.base import BucketSource, TokenCheck, check_range, check_token
-from hotweights.transports.errors import DeadlinePassed, NotHeld, PeerGone, TokenRefused
+from hotweights.transports.errors import DeadlinePassed, NotHeld, PeerGone, TlsFailed, TokenRefused
+from hotweights.transports.line import Line, NoTls, PlainLine, Tls, TlsLine
 from hotweights.transports.tcp_server import Limits, TcpServer
 
 LISTEN = "127.0.0.1:0"
@@ -20,8 +22,8 @@ _ANY = ("0.0.0.0", "::")
 class TcpConnection:
     """See base.Connection. Made by TcpTransport.connect."""
 
-    def __init__(self, sock: socket.socket, address: str) -> None:
-        self._sock = sock
+    def __init__(self, line: Line, address: str) -> None:
+        self._line = line
         self._address = address
         self._turn = asyncio.Lock()
         self._closed = False
@@ -39,16 +41,18 @@ class TcpConnection:
                 raise PeerGone(self._address, "the connection is closed")
             whole = False
             try:
-                await asyncio.get_running_loop().sock_sendall(self._sock, frames.read(image, file, offset, len(into)))
-                kind, body = await frames.receive_frame(self._sock)
+                await self._line.send(frames.read(image, file, offset, len(into)))
+                kind, body = await frames.receive_frame(self._line)
                 if kind is frames.Kind.REFUSED:
                     refusal = self._refusal(body, image, file, offset, len(into))
                     whole = True
                     raise refusal
                 if frames.parse_data(kind, body) != len(into):
                     raise frames.Garbage("sends another number of bytes than were asked for")
-                await frames.receive_into(self._sock, into, midway=True)
+                await frames.receive_into(self._line, into, midway=True)
                 whole = True
+            except NoTls as error:
+                raise TlsFailed(self._address, str(error)) from error
             except (frames.Ended, frames.Garbage, OSError) as error:
                 raise PeerGone(self._address, str(error)) from error
             finally:
@@ -62,7 +66,7 @@ class TcpConnection:
             return TokenRefused(self._address, image)
         if why is frames.Why.NOT_HELD:
             return NotHeld(image, file, offset, size, text)
-        raise frames.Garbage("is busy in the middle of a connection")
+        raise frames.Garbage("refuses the connection in the middle of it")
 
     async def close(self) -> None:
         if self._closed:
@@ -73,13 +77,13 @@ class TcpConnection:
         # The read under way wakes up, finds the end and closes the socket itself.
         self._closed = True
         try:
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self._line.shut_down()
         except OSError:
             self._drop()
 
     def _drop(self) -> None:
         self._closed = True
-        self._sock.close()
+        self._line.close()
 
 
 class TcpTransport:
@@ -87,8 +91,10 @@ class TcpTransport:
 
     name = "tcp"
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, tls: Tls | None = None) -> None:
+        """With `tls` everything is over TLS, and nothing in plaintext; without it, the reverse."""
         self._limits = limits or Limits()
+        self._tls = tls
 
     async def serve(
         self, source: BucketSource, listen: str = LISTEN, *, check: TokenCheck, advertise: str | None = None
@@ -109,14 +115,16 @@ class TcpTransport:
         except BaseException:
             listener.close()
             raise
-        return TcpServer(listener, address, source, check, self._limits)
+        return TcpServer(listener, address, source, check, self._limits, self._tls)
 
     async def connect(self, address: str, *, token: bytes, deadline_s: float) -> TcpConnection:
         check_token(token)
         try:
-            return await asyncio.wait_for(_dial(address, token), deadline_s)
+            return await asyncio.wait_for(_dial(address, token, self._tls), deadline_s)
         except asyncio.TimeoutError:
             raise DeadlinePassed(address, "connecting", deadline_s) from None
+        except NoTls as error:
+            raise TlsFailed(address, str(error)) from error
         except (frames.Ended, frames.Garbage, OSError) as error:
             raise PeerGone(address, str(error)) from error
 
@@ -132,7 +140,7 @@ def _advertised(advertise: str | None, host: str, bound: int) -> str:
     return format_address(told, port or bound)
 
 
-async def _dial(address: str, token: bytes) -> TcpConnection:
+async def _dial(address: str, token: bytes, tls: Tls | None) -> TcpConnection:
     loop = asyncio.get_running_loop()
     host, port = parse_address(address)
     error: OSError = OSError("the name has no address")
@@ -149,19 +157,24 @@ async def _dial(address: str, token: bytes) -> TcpConnection:
         except BaseException:
             sock.close()
             raise
-        return await _greet(sock, address, token)
+        return await _greet(sock, host, address, token, tls)
     raise error
 
 
-async def _greet(sock: socket.socket, address: str, token: bytes) -> TcpConnection:
+async def _greet(sock: socket.socket, host: str, address: str, token: bytes, tls: Tls | None) -> TcpConnection:
     try:
-        await asyncio.get_running_loop().sock_sendall(sock, frames.hello(token))
-        kind, body = await frames.receive_frame(sock)
+        line = PlainLine(sock)
+        if tls is not None:
+            line = secure = TlsLine(sock, tls.client(), server_name=host)
+            await secure.shake_hands()
+        await line.send(frames.hello(token))
+        kind, body = await frames.receive_frame(line)
         if kind is frames.Kind.REFUSED:
-            raise PeerGone(address, frames.parse_refused(body)[1])
+            why, text = frames.parse_refused(body)
+            raise TlsFailed(address, text) if why is frames.Why.TLS else PeerGone(address, text)
         if kind is not frames.Kind.WELCOME:
             raise frames.Garbage("does not answer as a source does")
     except BaseException:
         sock.close()
         raise
-    return TcpConnection(sock, address)
+    return TcpConnection(line, address)

@@ -13,6 +13,7 @@ from typing import TypeVar
 from hotweights.transports import frames
 from hotweights.transports.base import BucketSource, TokenCheck, open_in_thread
 from hotweights.transports.errors import NotHeld
+from hotweights.transports.line import Line, NoTls, PlainLine, Tls, TlsLine
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class Limits:
     """What a server puts up with."""
 
     connections_max: int = 256
-    # From accepting a connection to its HELLO.
+    # From accepting a connection to its HELLO, the TLS handshake included.
     hello_s: float = 10.0
     # From one read to the next: a reader may verify what it got in between.
     idle_s: float = 120.0
@@ -39,13 +40,20 @@ class TcpServer:
     """See base.Server. Made by TcpTransport.serve."""
 
     def __init__(
-        self, listener: socket.socket, address: str, source: BucketSource, check: TokenCheck, limits: Limits
+        self,
+        listener: socket.socket,
+        address: str,
+        source: BucketSource,
+        check: TokenCheck,
+        limits: Limits,
+        tls: Tls | None = None,
     ) -> None:
         self.address = address
         self._listener = listener
         self._source = source
         self._check = check
         self._limits = limits
+        self._tls = tls
         self._connections: dict[asyncio.Task[None], socket.socket] = {}
         self._closing = False
         self._accepting = asyncio.create_task(self._accept(), name=f"accept {address}")
@@ -86,10 +94,15 @@ class TcpServer:
     def _turn_away(self, sock: socket.socket) -> None:
         log.warning("%s: turned a reader away: %d connections are open", self.address, len(self._connections))
         with sock:
-            try:
-                sock.send(frames.refused(frames.Why.BUSY, f"has {len(self._connections)} connections, its limit"))
-            except OSError:  # it left, which is what it was to do
-                log.debug("%s: the reader had left", self.address)
+            if self._tls is None:  # with TLS nothing can be said before a handshake, for which there is no room
+                self._say(sock, frames.Why.BUSY, f"has {len(self._connections)} connections, its limit")
+
+    def _say(self, sock: socket.socket, why: frames.Why, text: str) -> None:
+        """Last words in plaintext."""
+        try:
+            sock.send(frames.refused(why, text))
+        except OSError:  # it left, which is what it was to do
+            log.debug("%s: the reader had left", self.address)
 
     def _forget(self, task: "asyncio.Task[None]") -> None:
         del self._connections[task]
@@ -100,34 +113,44 @@ class TcpServer:
         with sock:
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                kind, body = await _within(self._limits.hello_s, frames.receive_frame(sock))
-                token = frames.parse_hello(kind, body)
-                await self._send(sock, memoryview(frames.frame(frames.Kind.WELCOME)))
+                line, token = await _within(self._limits.hello_s, self._welcome(sock))
+                await self._send(line, memoryview(frames.frame(frames.Kind.WELCOME)))
                 while not self._closing:
-                    kind, body = await _within(self._limits.idle_s, frames.receive_frame(sock))
-                    await self._serve_read(sock, token, frames.parse_read(kind, body))
-            except frames.Garbage as garbage:
+                    kind, body = await _within(self._limits.idle_s, frames.receive_frame(line))
+                    await self._serve_read(line, token, frames.parse_read(kind, body))
+            except (frames.Garbage, NoTls) as garbage:
                 log.warning("%s: closed the connection of %s, which %s", self.address, peer, garbage)
+                if isinstance(garbage, NoTls) and garbage.one_is_plain:
+                    self._say(sock, frames.Why.TLS, "speaks no TLS" if self._tls is None else "speaks TLS only")
             except (frames.Ended, asyncio.TimeoutError, OSError) as error:
                 log.debug("%s: the connection of %s ended: %s", self.address, peer, error or "too slow")
 
-    async def _serve_read(self, sock: socket.socket, token: bytes, wish: frames.Read) -> None:
+    async def _welcome(self, sock: socket.socket) -> tuple[Line, bytes]:
+        """The line, and the token that it was opened with. Raises Garbage, Ended, OSError, NoTls."""
+        line: Line = PlainLine(sock)
+        if self._tls is not None:
+            line = secure = TlsLine(sock, self._tls.server())
+            await secure.shake_hands()
+        kind, body = await frames.receive_frame(line)
+        return line, frames.parse_hello(kind, body)
+
+    async def _serve_read(self, line: Line, token: bytes, wish: frames.Read) -> None:
         if not self._check(token, wish.image):
-            await self._send(sock, memoryview(frames.refused(frames.Why.TOKEN)))
+            await self._send(line, memoryview(frames.refused(frames.Why.TOKEN)))
             return
         try:
             view = await open_in_thread(self._source, wish.image, wish.file, wish.offset, wish.size)
         except NotHeld as problem:
-            await self._send(sock, memoryview(frames.refused(frames.Why.NOT_HELD, problem.problem)))
+            await self._send(line, memoryview(frames.refused(frames.Why.NOT_HELD, problem.problem)))
             return
         with view:
-            await self._send(sock, memoryview(frames.data(wish.size)))
+            await self._send(line, memoryview(frames.data(wish.size)))
             for at in range(0, wish.size, SEND_BYTES):
                 with view[at : at + SEND_BYTES] as part:
-                    await self._send(sock, part)
+                    await self._send(line, part)
 
-    async def _send(self, sock: socket.socket, part: memoryview) -> None:
-        await _within(self._limits.stall_s, asyncio.get_running_loop().sock_sendall(sock, part))
+    async def _send(self, line: Line, part: memoryview) -> None:
+        await _within(self._limits.stall_s, line.send(part))
 
 
 async def _within(seconds: float, wait: Awaitable[T]) -> T:

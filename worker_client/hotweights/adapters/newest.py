@@ -15,7 +15,8 @@ from hotweights.v1 import coordinator_service_pb2 as pb
 from hotweights.v1 import coordinator_service_pb2_grpc as rpc
 from hotweights.v1 import model_pb2
 from hotweights.wire.channel import open_channel
-from hotweights.wire.errors import Refused, from_rpc_error
+from hotweights.wire.errors import Refused
+from hotweights.wire.problems import call_error
 from hotweights.worker_client.config import Config
 
 CALL_DEADLINE_S = 10.0
@@ -53,10 +54,13 @@ async def newest_version(config: Config) -> model_pb2.Version:
     """The newest version that a node holds. Raises Refused, Unreachable."""
     if config.endpoint is None:
         raise _refused("NO_COORDINATOR", "no coordinator: give endpoint= or set HOTWEIGHTS_ENDPOINT")
-    async with open_channel(config.endpoint) as channel:
-        stub: Any = rpc.CoordinatorServiceStub(channel)
-        model = config.model or await _only_model(stub, str(config.endpoint))
-        answer = await _asked(stub.ListVersions(pb.ListVersionsRequest(model=model), timeout=CALL_DEADLINE_S))
+    try:
+        async with open_channel(config.endpoint, config.access) as channel:
+            stub: Any = rpc.CoordinatorServiceStub(channel)
+            model = config.model or await _only_model(stub, str(config.endpoint))
+            answer = await stub.ListVersions(pb.ListVersionsRequest(model=model), timeout=CALL_DEADLINE_S)
+    except grpc.aio.AioRpcError as error:
+        raise call_error(error, config.endpoint, config.access) from error
     for version in answer.versions:
         if version.state == model_pb2.VERSION_STATE_AVAILABLE:
             found: model_pb2.Version = version
@@ -65,19 +69,12 @@ async def newest_version(config: Config) -> model_pb2.Version:
 
 
 async def _only_model(stub: Any, endpoint: str) -> str:
-    status = await _asked(stub.GetStatus(pb.GetStatusRequest(), timeout=CALL_DEADLINE_S))
+    status = await stub.GetStatus(pb.GetStatusRequest(), timeout=CALL_DEADLINE_S)
     names = sorted(model.name for model in status.models)
     if len(names) == 1:
         return str(names[0])
     listed = ", ".join(names) or "none"
     raise _refused("WHICH_MODEL", f"say which model: {endpoint} has {listed} (model= or HOTWEIGHTS_MODEL)")
-
-
-async def _asked(call: Any) -> Any:
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error, "the coordinator") from error
 
 
 def _refused(reason: str, message: str) -> Refused:

@@ -211,7 +211,9 @@ def _make_controller(held: "weakref.ref[Any]", config: Config) -> "ReplicaContro
         return await connect_or_start(config)
 
     def open_stream(hello: Callable[[], Any], on_order: Callable[[Any], Awaitable[str]], welcomed: Any) -> Stream:
-        return Session(endpoint, hello, on_order, on_welcome=welcomed, adopt_cluster=config.adopt_cluster)
+        return Session(
+            endpoint, hello, on_order, on_welcome=welcomed, adopt_cluster=config.adopt_cluster, access=config.access
+        )
 
     log.info("hotweights: replica %s follows %s", identity.replica_id, endpoint)
     engine = VllmEngine(_cores_of(llm))

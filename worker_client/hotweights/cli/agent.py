@@ -2,13 +2,15 @@
 
 import argparse
 
-from hotweights.cli.arguments import Subparsers, add_command, add_endpoint, count
+from hotweights.cli.arguments import Subparsers, add_access, add_command, add_endpoint, count
 from hotweights.cli.errors import CommandFailed
 
 
 def add_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     parser = add_command(commands, "agent", agent, "Run this node's agent in the foreground.")
+    parser.set_defaults(has_log=True)
     add_endpoint(parser)
+    add_access(parser)
     parser.add_argument("--node", help="the node's id (default: the host's name)")
     parser.add_argument("--stage-dir", metavar="DIR", help="where images are staged (default: /dev/shm/hotweights/UID)")
     parser.add_argument("--socket", metavar="PATH", help="for this node's engines (default: STAGE_DIR/agent.sock)")
@@ -27,11 +29,11 @@ def agent(arguments: argparse.Namespace) -> int:
     """Arguments win over the environment. `--auto` takes the settings of the client that started it as they are."""
     import dataclasses
 
-    from hotweights.cli.config import read_settings
+    from hotweights.cli.config import client_settings
     from hotweights.worker_client.agent.process import run_agent
 
-    config = read_settings(
-        arguments.endpoint,
+    config = client_settings(
+        arguments,
         node=arguments.node,
         stage_dir=arguments.stage_dir,
         agent_socket=arguments.socket,
@@ -42,6 +44,8 @@ def agent(arguments: argparse.Namespace) -> int:
     )
     if arguments.auto and arguments.endpoint is None and not _endpoint_is_set():
         config = dataclasses.replace(config, endpoint=None)
+    if config.endpoint is not None:
+        config.access.read(config.endpoint)  # files that are no good are said now, not by the first stream
     if not arguments.auto:
         _log_to_stderr()
     try:

@@ -28,8 +28,26 @@ def add_endpoint(parser: argparse.ArgumentParser, default: Any = None) -> None:
     parser.add_argument(
         "--endpoint",
         default=default,
-        help="the coordinator: tcp://HOST:PORT, grpc://HOST:PORT, HOST:PORT or unix:PATH",
+        help="the coordinator: grpcs://HOST:PORT, tcp://HOST:PORT, grpc://HOST:PORT, HOST:PORT or unix:PATH",
     )
+
+
+def add_access(parser: argparse.ArgumentParser, *, nested: bool = False) -> None:
+    """What is shown to the coordinator. Files only: an argument is seen by everybody on the machine."""
+    group = parser.add_argument_group("to the coordinator")
+    for option, what in (
+        ("--ca", "whose certificates are trusted"),
+        ("--cert", "the certificate shown to a coordinator that wants one"),
+        ("--key", "its key"),
+        ("--token-file", "holds the token that is shown"),
+    ):
+        variable = f"HOTWEIGHTS_{option[2:].replace('-', '_').upper()}"
+        group.add_argument(
+            option,
+            metavar="FILE",
+            default=argparse.SUPPRESS if nested else None,
+            help=f"{what} (default: {variable})",
+        )
 
 
 def add_connection(parser: argparse.ArgumentParser, *, nested: bool = False) -> None:
@@ -46,6 +64,7 @@ def add_connection(parser: argparse.ArgumentParser, *, nested: bool = False) -> 
         help="deadline of one call to the coordinator (default: 10)",
     )
     add_json(parser, nested=nested)
+    add_access(parser, nested=nested)
 
 
 def add_json(parser: argparse.ArgumentParser, *, nested: bool = False) -> None:

@@ -8,13 +8,14 @@ from typing import TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from hotweights.cli.config import read_settings
+from hotweights.cli.config import client_settings
 from hotweights.cli.errors import CommandFailed
 from hotweights.v1 import coordinator_service_pb2 as pb
 from hotweights.v1 import coordinator_service_pb2_grpc as rpc
 from hotweights.v1 import fleet_pb2
 from hotweights.wire.channel import open_channel
-from hotweights.wire.errors import HotweightsError, Unreachable, from_rpc_error
+from hotweights.wire.errors import HotweightsError, Unreachable
+from hotweights.wire.problems import call_error
 from hotweights.worker_client.config import Config
 
 M = TypeVar("M", bound=Message)
@@ -33,7 +34,7 @@ class Coordinator:
         self.settings = settings
         self.endpoint = settings.endpoint
         self._deadline_s = deadline_s
-        self._channel = open_channel(settings.endpoint)
+        self._channel = open_channel(settings.endpoint, settings.access)
         self._stub = rpc.CoordinatorServiceStub(self._channel)
 
     async def __aenter__(self) -> "Coordinator":
@@ -82,21 +83,15 @@ class Coordinator:
             raise self._mapped(error) from error
 
     def _mapped(self, error: grpc.aio.AioRpcError, *, is_change: bool = False) -> HotweightsError:
-        what = f"coordinator {self.endpoint}"
-        text = error.details() or ""
-        if error.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect" in text.lower():
-            # gRPC names every address and layer; its last words are what went wrong.
-            why = text.rpartition(": ")[2]
-            return Unreachable(what, f"{why}; start one with `hotweights coord-serve`, or name another with --endpoint")
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             unknown = "; whether the change took effect is unknown" if is_change else ""
-            return Unreachable(what, f"no answer within {self._deadline_s:g} s{unknown}")
-        return from_rpc_error(error, what)
+            return Unreachable(f"coordinator {self.endpoint}", f"no answer within {self._deadline_s:g} s{unknown}")
+        return call_error(error, self.endpoint, self.settings.access)
 
 
 def connect(arguments: argparse.Namespace) -> Coordinator:
-    """For `async with`. Raises BadSetting and BadEndpoint."""
-    return Coordinator(read_settings(arguments.endpoint), arguments.timeout)
+    """For `async with`. Raises BadSetting, BadEndpoint, BadAccess and CommandFailed."""
+    return Coordinator(client_settings(arguments), arguments.timeout)
 
 
 async def chosen_model(coordinator: Coordinator, arguments: argparse.Namespace) -> str:

@@ -7,9 +7,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from hotweights.cli import agent, events, fleet, publish, serve, settings, status, updates, verify, versions
+from hotweights.cli import agent, events, fleet, publish, serve, settings, status, token, updates, verify, versions
 
-GROUPS = (serve, agent, publish, verify, updates, status, versions, events, fleet, settings)
+GROUPS = (serve, agent, publish, verify, updates, status, versions, events, fleet, token, settings)
 
 _EPILOG = """\
 The coordinator is --endpoint, else HOTWEIGHTS_ENDPOINT, else HOTWEIGHTS_COORD, else tcp://127.0.0.1:5555.
@@ -43,6 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code; argparse itself exits with 2 for wrong usage."""
     arguments = build_parser().parse_args(argv)
+    from hotweights.cli.config import quieten_grpc
+
+    if not getattr(arguments, "has_log", False):
+        quieten_grpc()
     from hotweights.cli.running import run_command
 
     return run_command(arguments)

@@ -7,6 +7,7 @@ import sys
 
 from hotweights.cli.errors import CommandFailed
 from hotweights.cli.output import one_line
+from hotweights.wire.access import BadAccess
 from hotweights.wire.endpoint import BadEndpoint
 from hotweights.wire.errors import HotweightsError
 from hotweights.worker_client.config import BadSetting
@@ -28,7 +29,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     except CommandFailed as error:
         return _tell(error, error.exit_code)
-    except (BadEndpoint, BadSetting) as error:
+    except (BadAccess, BadEndpoint, BadSetting) as error:
         return _tell(error, EXIT_USAGE)
     except (HotweightsError, OSError) as error:
         return _tell(error, EXIT_FAILED)

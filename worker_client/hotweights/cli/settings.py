@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hotweights.cli.arguments import Subparsers, add_command, add_json
@@ -65,6 +66,8 @@ def _worker_rows() -> list[Row]:
 
 
 def _shown(name: str, value: object) -> str:
+    if isinstance(value, Path):  # where a secret is, is none
+        return str(value)
     if any(part in name for part in _SECRET):
         return "(set)" if value else ""
     if isinstance(value, dict):
@@ -93,21 +96,42 @@ def _coordinator_rows() -> list[Row]:
     from hotweights.wire.endpoint import parse_endpoint
 
     try:
-        from hotweights.coordinator.config import Config, default_endpoint, default_store
+        from hotweights.coordinator.config import (
+            Config,
+            default_endpoint,
+            default_file,
+            default_store,
+            default_tokens,
+        )
     except ModuleNotFoundError as error:
         if error.name != "platformdirs":
             raise
         return []
     environ = environment()
-    config = Config(endpoint=parse_endpoint(default_endpoint(environ)), store=default_store(environ))
+    config = Config(
+        endpoint=parse_endpoint(default_endpoint(environ)),
+        store=default_store(environ),
+        tokens=default_tokens(environ),
+        tls_cert=default_file("HOTWEIGHTS_TLS_CERT", environ),
+        tls_key=default_file("HOTWEIGHTS_TLS_KEY", environ),
+        client_ca=default_file("HOTWEIGHTS_CLIENT_CA", environ),
+    )
     meanings = {
         "endpoint": ("--endpoint", _source(environ, "HOTWEIGHTS_ENDPOINT"), "where it listens"),
         "store": ("--store", _source(environ, "HOTWEIGHTS_STORE"), "sqlite:PATH, or memory: for play"),
+        "tokens": ("--tokens", _source(environ, "HOTWEIGHTS_TOKENS"), "file of who may do what; none lets everyone in"),
         "insecure": ("--insecure", "default", "allows an endpoint that other machines reach, in plaintext"),
         "keep_versions": ("--keep-versions", "default", "versions of a model beyond this go; 0 keeps all"),
         "keep_events": ("--keep-events", "default", "events kept for watchers"),
         "heartbeat_s": ("--heartbeat", "default", "seconds between two signs of life of a member"),
         "lease_s": ("--lease", "default", "seconds; a member not heard from for as long counts as gone"),
+        "tls_cert": (
+            "--tls-cert",
+            _source(environ, "HOTWEIGHTS_TLS_CERT"),
+            "PEM file; with it the endpoint is grpcs://",
+        ),
+        "tls_key": ("--tls-key", _source(environ, "HOTWEIGHTS_TLS_KEY"), "PEM file"),
+        "client_ca": ("--client-ca", _source(environ, "HOTWEIGHTS_CLIENT_CA"), "PEM file; whose clients are let in"),
         "stop_grace_s": ("stop_grace_s", "fixed", "seconds that calls are given when it stops"),
     }
     rows = []

@@ -36,10 +36,10 @@ def verify(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     import asyncio
 
-    from hotweights.cli.config import read_settings
+    from hotweights.cli.config import client_settings
     from hotweights.worker_client.image import resolve_model
 
-    settings = read_settings(arguments.endpoint)
+    settings = client_settings(arguments)
     folder = resolve_model(arguments.source, settings.hf_cache)
     if not arguments.version:
         if arguments.model:

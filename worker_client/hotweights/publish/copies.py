@@ -9,9 +9,11 @@ import grpc
 from hotweights.v1 import coordinator_service_pb2 as pb
 from hotweights.v1 import coordinator_service_pb2_grpc as rpc
 from hotweights.v1 import model_pb2
+from hotweights.wire.access import ANONYMOUS, Access
 from hotweights.wire.channel import open_channel
 from hotweights.wire.endpoint import Endpoint
-from hotweights.wire.errors import Unreachable, from_rpc_error
+from hotweights.wire.errors import Unreachable
+from hotweights.wire.problems import call_error
 
 POLL_S = 0.5
 CALL_DEADLINE_S = 10.0
@@ -37,6 +39,7 @@ async def wait_copies_async(
     *,
     deadline_s: float = 600.0,
     progress: Callable[[model_pb2.Version], None] | None = None,
+    access: Access = ANONYMOUS,
 ) -> model_pb2.Version:
     """Returns once `copies` nodes hold the version, verified.
 
@@ -44,7 +47,7 @@ async def wait_copies_async(
     for.
     """
     ends_at = time.monotonic() + deadline_s
-    channel = open_channel(endpoint)
+    channel = open_channel(endpoint, access)
     stub = rpc.CoordinatorServiceStub(channel)
     seen = model_pb2.Version(model=model, name=version)
     try:
@@ -57,7 +60,7 @@ async def wait_copies_async(
                 if progress is not None:
                     progress(seen)
             except grpc.aio.AioRpcError as error:
-                mapped = from_rpc_error(error, f"coordinator {endpoint}")
+                mapped = call_error(error, endpoint, access)
                 if not isinstance(mapped, Unreachable) or time.monotonic() >= ends_at:
                     raise mapped from error
             if len(seen.holder_node_ids) >= copies:
@@ -70,7 +73,13 @@ async def wait_copies_async(
 
 
 def wait_copies(
-    endpoint: Endpoint, model: str, version: str, copies: int, *, deadline_s: float = 600.0
+    endpoint: Endpoint,
+    model: str,
+    version: str,
+    copies: int,
+    *,
+    deadline_s: float = 600.0,
+    access: Access = ANONYMOUS,
 ) -> model_pb2.Version:
     """As wait_copies_async, where no loop runs."""
-    return asyncio.run(wait_copies_async(endpoint, model, version, copies, deadline_s=deadline_s))
+    return asyncio.run(wait_copies_async(endpoint, model, version, copies, deadline_s=deadline_s, access=access))

@@ -55,7 +55,9 @@ async def publish_folder_async(
     finally:
         await agent.close()
     if wait_copies:
-        published = await wait_copies_async(config.endpoint, model, version, wait_copies, deadline_s=wait_s)
+        published = await wait_copies_async(
+            config.endpoint, model, version, wait_copies, deadline_s=wait_s, access=config.access
+        )
     return published
 
 

@@ -23,6 +23,7 @@ import grpc
 from hotweights.v1 import agent_service_pb2 as pb
 from hotweights.v1 import agent_service_pb2_grpc as rpc
 from hotweights.v1 import model_pb2, update_pb2
+from hotweights.wire.access import bearer
 from hotweights.wire.channel import open_channel
 from hotweights.wire.endpoint import Endpoint
 from hotweights.wire.errors import Refused, Unreachable, from_rpc_error
@@ -194,7 +195,9 @@ class AgentClient:
     async def _publish(self, request: pb.PublishFolderRequest, progress: Progress | None) -> model_pb2.Version:
         await self.status()
         with self._errors():
-            async for part in self._stub.PublishFolder(request, timeout=LONG_DEADLINE_S):
+            # The publisher's own token, for the agent to pass on: the agent's may not be allowed to publish.
+            shown = bearer(self._config.access.read_token())
+            async for part in self._stub.PublishFolder(request, timeout=LONG_DEADLINE_S, metadata=shown):
                 if part.WhichOneof("part") == "version":
                     published: model_pb2.Version = part.version
                     return published

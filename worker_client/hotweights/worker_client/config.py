@@ -11,8 +11,12 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hotweights.wire.endpoint import Endpoint, parse_endpoint
+
+if TYPE_CHECKING:
+    from hotweights.wire.access import Access
 
 
 class BadSetting(ValueError):
@@ -34,11 +38,18 @@ class Setting:
 
 SETTINGS = (
     Setting("HOTWEIGHTS_ENDPOINT", "", "the coordinator; HOTWEIGHTS_COORD is read when it is unset"),
+    Setting("HOTWEIGHTS_CA", "", "whose certificates are trusted (PEM file), for grpcs:// and between agents"),
+    Setting("HOTWEIGHTS_CERT", "", "this client's certificate (PEM file); an agent's data port shows it too"),
+    Setting("HOTWEIGHTS_KEY", "", "the certificate's key (PEM file)"),
+    Setting("HOTWEIGHTS_TOKEN_FILE", "", "file of the token that is shown to the coordinator"),
+    Setting("HOTWEIGHTS_TOKEN", "", "the token itself, read when HOTWEIGHTS_TOKEN_FILE is unset; never printed"),
+    Setting("HOTWEIGHTS_INSECURE_TOKEN", "0", "1 sends the token in plaintext to other machines too"),
     Setting("HOTWEIGHTS_MODEL", "", "the model an engine follows; empty is the coordinator's only one"),
     Setting("HOTWEIGHTS_REPLICA", "HOST-PID", "the replica's id; set it to keep it over restarts"),
     Setting("HOTWEIGHTS_NODE", "host name", "the node's id"),
     Setting("HOTWEIGHTS_STAGE_DIR", "/dev/shm/hotweights/UID", "where images are staged"),
     Setting("HOTWEIGHTS_AGENT_SOCKET", "STAGE_DIR/agent.sock", "the node's agent"),
+    Setting("HOTWEIGHTS_AGENT_ALLOW", "", "who may use the agent beside its own user and root: UID,@GROUP,..."),
     Setting("HOTWEIGHTS_LISTEN", "127.0.0.1:0", "where the agent serves buckets to other nodes"),
     Setting("HOTWEIGHTS_ADVERTISE", "", "that address as other nodes see it"),
     Setting("HOTWEIGHTS_BUCKET_BYTES", "16777216", "size of a bucket; 64 KiB to 1 GiB"),
@@ -73,6 +84,7 @@ class Config:
     agent_idle_s: float
     hf_cache: Path
     in_kubernetes: bool
+    agent_allow: str = ""
     policy: str = ""
     name_map: Mapping[str, str] = field(default_factory=dict)
     use_ipc_agent: bool = False
@@ -80,9 +92,25 @@ class Config:
     route: str = "auto"
     torn: str = "end"
     failpoints: str = ""
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    token_file: Path | None = None
+    token: str = field(default="", repr=False)
+    insecure_token: bool = False
+
+    @property
+    def access(self) -> "Access":
+        """What is shown to the coordinator."""
+        from hotweights.wire.access import Access  # gRPC comes with it, which a process that forks must not have yet
+
+        return Access(self.ca, self.cert, self.key, self.token_file, self.token, self.insecure_token)
 
     def as_environ(self) -> dict[str, str]:
-        """The variables that make a child process read the same settings."""
+        """The variables that make a child process read the same settings.
+
+        The token itself is left out: as a variable a child inherits it, and nowhere else may it appear.
+        """
         pairs = ",".join(f"{old}={new}" for old, new in self.name_map.items())
         return {
             "HOTWEIGHTS_ENDPOINT": str(self.endpoint) if self.endpoint else "",
@@ -90,6 +118,7 @@ class Config:
             "HOTWEIGHTS_NODE": self.node,
             "HOTWEIGHTS_STAGE_DIR": str(self.stage_dir),
             "HOTWEIGHTS_AGENT_SOCKET": str(self.agent_socket),
+            "HOTWEIGHTS_AGENT_ALLOW": self.agent_allow,
             "HOTWEIGHTS_LISTEN": self.listen,
             "HOTWEIGHTS_ADVERTISE": self.advertise,
             "HOTWEIGHTS_BUCKET_BYTES": str(self.bucket_bytes),
@@ -99,6 +128,11 @@ class Config:
             "HOTWEIGHTS_NAME_MAP": pairs,
             "HOTWEIGHTS_ROUTE": self.route,
             "HOTWEIGHTS_TORN": self.torn,
+            "HOTWEIGHTS_CA": str(self.ca or ""),
+            "HOTWEIGHTS_CERT": str(self.cert or ""),
+            "HOTWEIGHTS_KEY": str(self.key or ""),
+            "HOTWEIGHTS_TOKEN_FILE": str(self.token_file or ""),
+            "HOTWEIGHTS_INSECURE_TOKEN": str(int(self.insecure_token)),
         }
 
 
@@ -106,7 +140,8 @@ def _number(environ: Mapping[str, str], name: str, default: int, low: int, high:
     text = environ.get(name, "").strip()
     if not text:
         return default
-    if not text.isdigit() or not low <= int(text) <= high:
+    # [0-9] and few: isdigit() takes what int() does not, as "²", and int() raises for thousands of digits.
+    if not re.fullmatch("[0-9]{1,12}", text) or not low <= int(text) <= high:
         raise BadSetting(name, text, f"takes a whole number from {low} to {high}")
     return int(text)
 
@@ -115,7 +150,7 @@ def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
     text = environ.get(name, "").strip()
     if not text:
         return default
-    if not re.fullmatch(r"\d+(\.\d+)?", text):
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
         raise BadSetting(name, text, "takes seconds, for example 300")
     return float(text)
 
@@ -128,6 +163,16 @@ def _name_map(text: str) -> dict[str, str]:
             raise BadSetting("HOTWEIGHTS_NAME_MAP", pair, "takes checkpoint=module pairs")
         renamed[old] = new
     return renamed
+
+
+def _allow(text: str) -> str:
+    from hotweights.worker_client.agent.peers import parse_allow
+
+    try:
+        parse_allow(text)
+    except ValueError as error:
+        raise BadSetting("HOTWEIGHTS_AGENT_ALLOW", text, f"{error}; takes UID,@GROUP,...") from error
+    return text
 
 
 def _policy(text: str) -> str:
@@ -146,6 +191,21 @@ def _torn(text: str) -> str:
     if text not in ("end", "stay"):
         raise BadSetting("HOTWEIGHTS_TORN", text, "takes end or stay")
     return text
+
+
+def _file(environ: Mapping[str, str], name: str) -> Path | None:
+    """Absolute: an agent that is started in the background has another working directory."""
+    text = environ.get(name, "").strip()
+    return Path(text).expanduser().absolute() if text else None
+
+
+def _check_pair(config: Config) -> None:
+    for name, given, other, missing in (
+        ("HOTWEIGHTS_CERT", config.cert, "HOTWEIGHTS_KEY", config.key),
+        ("HOTWEIGHTS_KEY", config.key, "HOTWEIGHTS_CERT", config.cert),
+    ):
+        if given is not None and missing is None:
+            raise BadSetting(name, str(given), f"goes with {other}, which is not set")
 
 
 def _default_stage() -> Path:
@@ -171,13 +231,14 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
     stage_dir = Path(env.get("HOTWEIGHTS_STAGE_DIR") or _default_stage())
     socket_path = env.get("HOTWEIGHTS_AGENT_SOCKET")
     host = socket.gethostname()
-    return Config(
+    config = Config(
         endpoint=parse_endpoint(endpoint) if endpoint else None,
         model=env.get("HOTWEIGHTS_MODEL", ""),
         node=env.get("HOTWEIGHTS_NODE") or host,
         replica=env.get("HOTWEIGHTS_REPLICA", ""),
         stage_dir=stage_dir,
         agent_socket=Path(socket_path) if socket_path else stage_dir / "agent.sock",
+        agent_allow=_allow(env.get("HOTWEIGHTS_AGENT_ALLOW", "")),
         listen=env.get("HOTWEIGHTS_LISTEN") or "127.0.0.1:0",
         advertise=env.get("HOTWEIGHTS_ADVERTISE", ""),
         bucket_bytes=_number(env, "HOTWEIGHTS_BUCKET_BYTES", 16 << 20, 64 << 10, 1 << 30),
@@ -192,4 +253,12 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         route=_route(env.get("HOTWEIGHTS_ROUTE") or "auto"),
         torn=_torn(env.get("HOTWEIGHTS_TORN") or "end"),
         failpoints=env.get("HOTWEIGHTS_FAILPOINTS", ""),
+        ca=_file(env, "HOTWEIGHTS_CA"),
+        cert=_file(env, "HOTWEIGHTS_CERT"),
+        key=_file(env, "HOTWEIGHTS_KEY"),
+        token_file=_file(env, "HOTWEIGHTS_TOKEN_FILE"),
+        token=env.get("HOTWEIGHTS_TOKEN", "").strip(),
+        insecure_token=env.get("HOTWEIGHTS_INSECURE_TOKEN", "").lower() in _TRUE,
     )
+    _check_pair(config)
+    return config

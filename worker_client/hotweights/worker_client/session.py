@@ -18,9 +18,11 @@ import grpc
 
 from hotweights.v1 import worker_service_pb2 as pb
 from hotweights.v1 import worker_service_pb2_grpc as rpc
+from hotweights.wire.access import ANONYMOUS, Access, BadAccess
 from hotweights.wire.channel import open_channel
 from hotweights.wire.endpoint import Endpoint
-from hotweights.wire.errors import Refused, from_rpc_error
+from hotweights.wire.errors import Refused
+from hotweights.wire.problems import call_error
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +47,17 @@ class Session:
         on_welcome: OnWelcome | None = None,
         on_refused: Callable[[Refused], None] | None = None,
         adopt_cluster: bool = False,
+        access: Access = ANONYMOUS,
     ) -> None:
         """`make_hello` says who and what is true now; the session fills in incarnation and cluster.
 
         `on_order` returns "" to take an order or the reason to refuse it; it must return quickly
         and leave the work to a task. Once a cluster is known, another one is followed only with
-        `adopt_cluster`: epochs of two clusters do not compare.
+        `adopt_cluster`: epochs of two clusters do not compare. What `access` names is read for every stream anew.
         """
         self._adopt_cluster = adopt_cluster
         self._endpoint = endpoint
+        self._access = access
         self._make_hello = make_hello
         self._on_order = on_order
         self._on_welcome = on_welcome
@@ -112,26 +116,31 @@ class Session:
 
     def _stream_failed(self, error: BaseException) -> None:
         if isinstance(error, grpc.aio.AioRpcError):
-            mapped = from_rpc_error(error, f"coordinator {self._endpoint}")
+            mapped = call_error(error, self._endpoint, self._access)
             if isinstance(mapped, Refused):
-                if self.refusal != mapped.message:
-                    log.warning("the coordinator refuses the session: %s", mapped.message)
-                self.refusal = mapped.message
-                if self._on_refused is not None:
-                    self._on_refused(mapped)
-                return
-            log.info("session: %s; connecting again", mapped)
+                self._was_refused(mapped, "the coordinator refuses the session")
+            else:
+                log.info("session: %s; connecting again", mapped)
+        elif isinstance(error, BadAccess):  # files that are being replaced, or that somebody must see to
+            self._was_refused(error, "no session")
         elif isinstance(error, TimeoutError | asyncio.TimeoutError):
             log.info("session: no welcome from %s in time; connecting again", self._endpoint)
         else:
             raise error
+
+    def _was_refused(self, refused: Refused, what: str) -> None:
+        if self.refusal != refused.message:
+            log.warning("%s: %s", what, refused.message)
+        self.refusal = refused.message
+        if self._on_refused is not None:
+            self._on_refused(refused)
 
     def _say(self, message: pb.SessionRequest) -> None:
         self._outbox.append(message)
         self._wakes.set()
 
     async def _one_stream(self) -> None:
-        channel = open_channel(self._endpoint)
+        channel = open_channel(self._endpoint, self._access)
         stream = self._stream = object()
         try:
             stub = rpc.WorkerServiceStub(channel)

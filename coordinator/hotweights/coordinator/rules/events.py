@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from hotweights.coordinator.rules.orders import Refusal
 from hotweights.coordinator.rules.records import Kind, Options, Policy, Ticket, WindowTimes
 
 
@@ -197,6 +198,14 @@ class ModelResumed(Event):
 @dataclass(frozen=True)
 class ReplicaUndrained(Event):
     replica: str
+
+
+@dataclass(frozen=True)
+class CallRefused(Event):
+    """Somebody was turned away, here or at a node's agent: nothing but an entry of the log follows."""
+
+    refusal: Refusal
+    node: str = ""
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,20 @@ class NoteKind(Enum):
     NODE_DETACHED = "node_detached"
     NODE_STAGED = "node_staged"
     MODEL_POLICY = "model_policy"
+    CALL_REFUSED = "call_refused"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Who was refused what. `peer` is a host, or a process on the node that noted it; tokens have no place here."""
+
+    peer: str
+    name: str
+    role: str
+    method: str
+    reason: str
+    # Refusals that were not written down since the one before.
+    passed_over: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,7 @@ class Note:
     replica: str = ""
     node: str = ""
     window: WindowTimes | None = None
+    refusal: Refusal | None = None
 
 
 Order = Tell | Drop | Note

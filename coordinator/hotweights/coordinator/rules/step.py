@@ -8,7 +8,7 @@ from hotweights.coordinator.rules.turn import Turn
 from hotweights.coordinator.rules.update import advance
 
 
-def step(state: State, event: e.Event) -> tuple[State, tuple[Order, ...]]:
+def step(state: State, event: e.Event) -> tuple[State, tuple[Order, ...]]:  # noqa: C901 - a table, not a maze
     """What follows from an event. Raises Declined, having changed nothing."""
     turn = Turn(state, event.now)
     match event:
@@ -34,6 +34,8 @@ def step(state: State, event: e.Event) -> tuple[State, tuple[Order, ...]]:
             catalogue.resumed(turn, event)
         case e.ReplicaUndrained():
             catalogue.undrained(turn, event)
+        case e.CallRefused():
+            turn.note_refusal(event.refusal, event.node)
         case e.Ticked():
             fleet.expire_leases(turn)
             fleet.forget_the_lost(turn)

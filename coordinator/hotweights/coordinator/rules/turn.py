@@ -4,7 +4,7 @@ from collections.abc import ItemsView, Mapping, ValuesView
 from dataclasses import replace
 from typing import Generic, TypeVar
 
-from hotweights.coordinator.rules.orders import Action, Drop, Note, NoteKind, Order, Tell
+from hotweights.coordinator.rules.orders import Action, Drop, Note, NoteKind, Order, Refusal, Tell
 from hotweights.coordinator.rules.records import (
     Kind,
     Member,
@@ -136,6 +136,12 @@ class Turn:
             replica=replica,
             window=window,
         )
+
+    def note_refusal(self, refusal: Refusal, node: str) -> None:
+        named = f" ({refusal.role} {refusal.name})" if refusal.name else ""
+        more = f"; {refusal.passed_over} more refusals before it were not written down" if refusal.passed_over else ""
+        message = f"{refusal.peer}{named}: {refusal.method} refused, {refusal.reason}{more}"
+        self._orders.append(Note(self.now, NoteKind.CALL_REFUSED, message, node=node, refusal=refusal))
 
     # Reading.
 

@@ -223,4 +223,17 @@ def event_message(note: o.Note, revision: int) -> fleet_pb2.Event:
     )
     if note.window is not None:
         message.window.CopyFrom(window_message(note.window))
+    if note.refusal is not None:
+        message.refusal.CopyFrom(refusal_message(note.refusal))
     return message
+
+
+def refusal_message(refusal: o.Refusal) -> fleet_pb2.Refusal:
+    return fleet_pb2.Refusal(
+        peer=refusal.peer,
+        name=refusal.name,
+        role=refusal.role,
+        method=refusal.method,
+        reason=refusal.reason,
+        passed_over=refusal.passed_over,
+    )

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import blake3
 from google.protobuf.message import DecodeError, Message
 
+from hotweights.coordinator.access.gate import Gate
+from hotweights.coordinator.access.roles import START_UPDATE
 from hotweights.coordinator.planner import plan_update
 from hotweights.coordinator.rules import Declined, State
 from hotweights.coordinator.rules import events as e
@@ -29,6 +31,10 @@ T = TypeVar("T")
 PAGE_DEADLINE_S = 60.0
 LIST_SIZE, LIST_SIZE_MAX = 100, 1000
 PAGE_TOKEN_LENGTH_MAX = 18
+# What a manifest says is not believed: beyond 64 bits no answer could carry the sum, and no update plan its parts.
+IMAGE_BYTES_MAX = 1 << 50
+# The store counts in signed 64 bits.
+REVISION_MAX = 1 << 62
 WATCH_BATCH = 500
 WATCH_WAIT_S = 30.0
 STATUS_EVENTS, STATUS_EVENTS_MAX = 10, 100
@@ -38,8 +44,10 @@ STATUS_VERSIONS = 10
 class CoordinatorService(rpc.CoordinatorServiceServicer):
     """Reads come from the runtime's state; changes are asked of it."""
 
-    def __init__(self, runtime: Runtime, software_version: str) -> None:
+    def __init__(self, runtime: Runtime, software_version: str, gate: Gate | None = None) -> None:
+        """Without a gate everyone may do everything."""
         self._runtime = runtime
+        self._gate = gate
         self._software_version = software_version
 
     async def _change(
@@ -70,6 +78,8 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
         self, request_iterator: AsyncIterator[pb.PublishVersionRequest], context: Context
     ) -> pb.PublishVersionResponse:
         header, blob = await _read_publication(request_iterator)
+        if header.start_update and self._gate is not None:
+            self._gate.require(START_UPDATE, context)
         manifest, digest = _checked_manifest(header, blob)
         existed = (header.model, header.version) in self._runtime.state.versions
         event = e.VersionPublished(
@@ -280,7 +290,7 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
     async def WatchEvents(
         self, request: pb.WatchEventsRequest, context: Context
     ) -> AsyncIterator[pb.WatchEventsResponse]:
-        at = request.from_revision or self._runtime.revision + 1
+        at = min(request.from_revision, REVISION_MAX) or self._runtime.revision + 1
         # Who asked for what is new knows by this that nothing from now on is missed.
         await context.send_initial_metadata(())
         while True:
@@ -345,6 +355,9 @@ def _checked_manifest(header: pb.PublishHeader, blob: bytes) -> tuple[manifest_p
         raise _bad_publication(f"the manifest cannot be read: {error}") from error
     if not manifest.tensors or not manifest.buckets or not manifest.files:
         raise _bad_publication("the manifest names no tensors")
+    size_bytes = sum(file.size_bytes for file in manifest.files)
+    if size_bytes > IMAGE_BYTES_MAX:
+        raise _bad_publication(f"its files are said to have {size_bytes} bytes, more than any image")
     return manifest, digest.hex()
 
 

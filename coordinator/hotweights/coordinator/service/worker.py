@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterable
 import anyio
 import grpc
 
+from hotweights.coordinator.access.refusals import Refusals
 from hotweights.coordinator.hub import Outlet
 from hotweights.coordinator.rules import Declined, State
 from hotweights.coordinator.rules import events as e
@@ -34,10 +35,11 @@ WRITE_DEADLINE_S = 30.0
 class WorkerService(rpc.WorkerServiceServicer):
     """One coroutine a stream; the runtime decides."""
 
-    def __init__(self, runtime: Runtime, heartbeat_s: float, lease_s: float) -> None:
+    def __init__(self, runtime: Runtime, heartbeat_s: float, lease_s: float, refusals: Refusals) -> None:
         self._runtime = runtime
         self._heartbeat_s = heartbeat_s
         self._lease_s = lease_s
+        self._refusals = refusals
 
     async def Session(self, request_iterator: AsyncIterator[pb.SessionRequest], context: Context) -> None:
         session = str(uuid.uuid4())
@@ -109,6 +111,8 @@ class WorkerService(rpc.WorkerServiceServicer):
 
     async def _hear(self, session: str, member: str, requests: AsyncIterator[pb.SessionRequest]) -> None:
         async for request in requests:
+            if request.report.HasField("peer_refused"):
+                self._refusals.note_at(member, request.report.peer_refused.refusal)
             event = _event(self._runtime, session, member, request)
             if event is not None:
                 await self._runtime.put(event)

@@ -16,14 +16,16 @@ from pathlib import Path
 import grpc
 
 from hotweights.v1 import agent_service_pb2 as pb
-from hotweights.v1 import coordinator_service_pb2, model_pb2
+from hotweights.v1 import coordinator_service_pb2, fleet_pb2, model_pb2
 from hotweights.v1 import worker_service_pb2 as worker_pb
 from hotweights.wire.errors import Refused
+from hotweights.worker_client.agent.certificates import peer_tls
 from hotweights.worker_client.agent.coordinator import Coordinator
 from hotweights.worker_client.agent.data import DataPort
 from hotweights.worker_client.agent.folders import Folders, Known
 from hotweights.worker_client.agent.images import Images
 from hotweights.worker_client.agent.orders import Orders
+from hotweights.worker_client.agent.peers import Peer
 from hotweights.worker_client.config import Config
 from hotweights.worker_client.session import Session
 from hotweights.worker_client.stage.stage import Stage
@@ -35,11 +37,12 @@ class Agent:
     """One node's agent from `start` to `close`. Use from one event loop."""
 
     def __init__(self, config: Config, stage: Stage) -> None:
+        """Raises BadCertificate."""
         self.config = config
         self.stage = stage
         self.folders = Folders(stage.root / "served.json", config.bucket_bytes, self._holdings_changed)
-        self.images = Images(stage, self.folders, self._manifest_of, self._holdings_changed)
-        self.data = DataPort(config.node, stage, self.folders)
+        self.data = DataPort(config.node, stage, self.folders, peer_tls(config))
+        self.images = Images(stage, self.folders, self._manifest_of, self._holdings_changed, self.data.connect)
         self.coordinator: Coordinator | None = None
         self.session: Session | None = None
         self.used_at = time.monotonic()
@@ -49,13 +52,18 @@ class Agent:
 
     async def start(self, found: list[bytes]) -> None:
         """`found` is what Stage.open gave. Raises OSError, ValueError for a data port that cannot be."""
-        await self.data.start(self.config.listen, self.config.advertise)
+        tls_only = self.config.endpoint is not None and self.config.endpoint.tls
+        await self.data.start(self.config.listen, self.config.advertise, tls_only=tls_only)
         self.images.verify_found(found)
         self._tasks.append(asyncio.ensure_future(self.folders.recall()))
         if self.config.endpoint is not None:
-            self.coordinator = Coordinator(self.config.endpoint)
+            self.coordinator = Coordinator(self.config.endpoint, self.config.access)
             self.session = Session(
-                self.config.endpoint, self._hello, self._on_order, adopt_cluster=self.config.adopt_cluster
+                self.config.endpoint,
+                self._hello,
+                self._on_order,
+                adopt_cluster=self.config.adopt_cluster,
+                access=self.config.access,
             )
             self._orders = Orders(self.images, self.session.report)
             self._tasks.append(asyncio.ensure_future(self.session.run()))
@@ -74,8 +82,6 @@ class Agent:
         await self.data.close()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        if self.coordinator is not None:
-            await self.coordinator.close()
 
     def failed(self) -> BaseException | None:
         """What ended a background task that should not have ended."""
@@ -96,8 +102,11 @@ class Agent:
             self._calls -= 1
             self.used_at = time.monotonic()
 
-    async def publish(self, known: Known, request: pb.PublishFolderRequest) -> model_pb2.Version:
-        """Makes a folder that is known a version. Raises Refused, Unreachable, FolderChanged."""
+    async def publish(self, known: Known, request: pb.PublishFolderRequest, token: str = "") -> model_pb2.Version:
+        """Makes a folder that is known a version. Raises Refused, Unreachable, FolderChanged.
+
+        `token` is the publisher's: what it may do is its own matter, not the agent's.
+        """
         if self.coordinator is None:
             raise Refused(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -117,6 +126,7 @@ class Agent:
                 options=request.options,
             ),
             known.image.blob,
+            token,
         )
         self.folders.publish_as(known, request.model, request.version)
         self._holdings_changed()
@@ -196,6 +206,13 @@ class Agent:
                 token_key=self.data.token_key,
             )
         )
+
+    def note_refused(self, peer: Peer, passed_over: int) -> None:
+        """The door turned somebody away: the coordinator's event log has it, as soon as there is a session."""
+        if self.session is None:
+            return
+        refusal = fleet_pb2.Refusal(peer=str(peer), method="connect", reason="PEER_REFUSED", passed_over=passed_over)
+        self.session.report(worker_pb.Report(peer_refused=worker_pb.PeerRefused(refusal=refusal)))
 
     async def _on_order(self, order: worker_pb.Order) -> str:
         if self._orders is None:

@@ -1,6 +1,8 @@
 """The data port: buckets of this node for other agents, and the way to theirs.
 
 another agent --token, range--> tcp server --> staged image (mapped), else a folder (read, its stamps checked)
+
+Where this node has a certificate, both ways are over TLS (tcps://) and nothing of either is in plaintext.
 """
 
 import asyncio
@@ -13,9 +15,11 @@ from collections.abc import Callable
 
 from hotweights.transports.address import parse_address
 from hotweights.transports.base import Connection, Server
-from hotweights.transports.errors import NotHeld, PeerGone
+from hotweights.transports.errors import NotHeld, PeerGone, TlsFailed
+from hotweights.transports.line import Tls
 from hotweights.transports.registry import open_transport
 from hotweights.v1.worker_service_pb2 import Source
+from hotweights.wire.endpoint import Endpoint
 from hotweights.wire.tokens import KEY_BYTES, BadToken, check_token
 from hotweights.worker_client.agent.folders import Folders
 from hotweights.worker_client.image.errors import FolderChanged
@@ -26,38 +30,37 @@ from hotweights.worker_client.stage.stage import Stage
 log = logging.getLogger(__name__)
 
 CONNECT_DEADLINE_S = 10.0
-TRANSPORT = "tcp"
-
-
-async def connect(source: Source) -> Connection:
-    """To another agent's data port. Raises TransportError."""
-    name, separator, address = source.data_endpoint.partition("://")
-    if not separator:
-        name, address = TRANSPORT, source.data_endpoint
-    transport = open_transport(name)
-    try:
-        return await transport.connect(address, token=source.token, deadline_s=CONNECT_DEADLINE_S)
-    except ValueError as error:  # an address or a token that is none
-        raise PeerGone(source.data_endpoint, str(error)) from error
+TRANSPORT, OVER_TLS = "tcp", "tcps"
 
 
 class DataPort:
     """Serves what the stage and the folders hold to who shows a token of ours."""
 
-    def __init__(self, node: str, stage: Stage, folders: Folders) -> None:
+    def __init__(self, node: str, stage: Stage, folders: Folders, tls: Tls | None = None) -> None:
         self.token_key = secrets.token_bytes(KEY_BYTES)
         self.endpoint = ""
         self.served_at = time.monotonic()
         self._node = node
+        self._tls = tls
         self._stage = stage
         self._folders = folders
         self._reader = BucketReader()
         self._server: Server | None = None
         self._withdraw: Callable[[bytes, str], None] = lambda digest, why: None
 
-    async def start(self, listen: str, advertise: str) -> None:
-        """Raises OSError, and ValueError for an address that readers could not use."""
-        host, _ = parse_address(listen)
+    async def start(self, listen: str, advertise: str, *, tls_only: bool = False) -> None:
+        """Raises OSError, and ValueError for an address that readers could not use.
+
+        With `tls_only` an address that other machines reach is refused without a certificate.
+        """
+        host, port = parse_address(listen)
+        if self._tls is None and not Endpoint(host, port).is_loopback:
+            if tls_only:
+                raise ValueError(
+                    f"HOTWEIGHTS_LISTEN={listen} is reached by other machines, and the coordinator's grpcs:// asks for "
+                    "TLS: set HOTWEIGHTS_CERT and HOTWEIGHTS_KEY"
+                )
+            log.warning("other machines reach %s, and what it serves travels in plaintext", listen)
         if not advertise and host in ("0.0.0.0", "::"):
             raise ValueError(f"HOTWEIGHTS_LISTEN={listen} is every address: say which one with HOTWEIGHTS_ADVERTISE")
         loop = asyncio.get_running_loop()
@@ -66,14 +69,37 @@ class DataPort:
             loop.call_soon_threadsafe(self._folders.withdraw, digest, why)
 
         self._withdraw = withdraw
-        transport = open_transport(TRANSPORT)
+        transport = open_transport(TRANSPORT, self._tls)
         self._server = await transport.serve(self, listen, check=self._check, advertise=advertise or None)
         address = self._server.address
-        self.endpoint = address if "://" in address else f"{TRANSPORT}://{address}"
+        scheme = TRANSPORT if self._tls is None else OVER_TLS
+        self.endpoint = address if "://" in address else f"{scheme}://{address}"
 
     async def close(self) -> None:
         if self._server is not None:
             await self._server.close()
+
+    async def connect(self, source: Source) -> Connection:
+        """To another agent's data port. Raises TransportError."""
+        name, separator, address = source.data_endpoint.partition("://")
+        if not separator:
+            name, address = TRANSPORT, source.data_endpoint
+        try:
+            tls = self._tls_to(name, address)
+            transport = open_transport(TRANSPORT if name == OVER_TLS else name, tls)
+            return await transport.connect(address, token=source.token, deadline_s=CONNECT_DEADLINE_S)
+        except ValueError as error:  # an address or a token that is none
+            raise PeerGone(source.data_endpoint, str(error)) from error
+
+    def _tls_to(self, name: str, address: str) -> Tls | None:
+        """Raises TlsFailed, and ValueError for an address that is none."""
+        if name == OVER_TLS:
+            if self._tls is None:
+                raise TlsFailed(address, "speaks TLS only, and this node has no HOTWEIGHTS_CERT and HOTWEIGHTS_KEY")
+            return self._tls
+        if self._tls is not None and name == TRANSPORT and not Endpoint(*parse_address(address)).is_loopback:
+            raise TlsFailed(address, "serves in plaintext, and this node has a certificate: give that node one too")
+        return None
 
     def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
         """See BucketSource. In a thread."""

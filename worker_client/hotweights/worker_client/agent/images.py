@@ -10,13 +10,12 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from hotweights.v1 import worker_service_pb2
-from hotweights.worker_client.agent.data import connect
 from hotweights.worker_client.agent.folders import Folders
 from hotweights.worker_client.agent.work import Work
 from hotweights.worker_client.image.errors import FolderChanged
 from hotweights.worker_client.stage.copy import copy_folder
 from hotweights.worker_client.stage.errors import SourcesFailed
-from hotweights.worker_client.stage.fetch import Fetch
+from hotweights.worker_client.stage.fetch import Fetch, Open
 from hotweights.worker_client.stage.partial import Partial
 from hotweights.worker_client.stage.stage import Stage
 from hotweights.worker_client.stage.threads import Figures, in_thread, stoppable
@@ -41,11 +40,13 @@ class Images:
         folders: Folders,
         manifest_of: Callable[[bytes], Awaitable[bytes]],
         changed: Callable[[], None],
+        open_source: Open,
     ) -> None:
         self.stage = stage
         self._folders = folders
         self._manifest_of = manifest_of
         self._changed = changed
+        self._open_source = open_source
         self._staging: dict[bytes, _Staging] = {}
         self._to_verify: dict[bytes, Work[bool]] = {}
 
@@ -152,4 +153,4 @@ class Images:
                 if not sources:
                     raise
         if partial.missing:
-            await Fetch(partial, sources, connect, figures.write).run()
+            await Fetch(partial, sources, self._open_source, figures.write).run()

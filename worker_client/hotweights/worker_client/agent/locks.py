@@ -10,8 +10,8 @@ import grpc
 
 from hotweights.wire.errors import Refused
 
-# sun_path: 108 bytes on Linux, 104 on macOS, with the final zero.
-SOCKET_PATH_BYTES_MAX = 103
+# sun_path: 108 bytes on Linux, 104 on macOS, with the final zero; the door's inner sockets take 4 more (".d/a").
+SOCKET_PATH_BYTES_MAX = 99
 LOCK_POLL_S = 0.1
 
 

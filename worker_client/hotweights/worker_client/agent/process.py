@@ -1,6 +1,6 @@
 """The agent's process: lock, stage, data port, socket; SIGTERM and idleness end it in good order.
 
-lock beside the socket -> stage -> data port, session -> socket served 0600 -> until told or idle
+lock beside the socket -> stage -> data port, session -> service behind the door -> until told or idle
 """
 
 import asyncio
@@ -18,7 +18,9 @@ from hotweights.wire.channel import server_options
 from hotweights.wire.endpoint import Endpoint
 from hotweights.wire.errors import HotweightsError
 from hotweights.worker_client.agent.agent import Agent
+from hotweights.worker_client.agent.door import Door
 from hotweights.worker_client.agent.locks import check_socket_path, lock_socket
+from hotweights.worker_client.agent.peers import parse_allow
 from hotweights.worker_client.agent.service import AgentServicer
 from hotweights.worker_client.config import Config
 from hotweights.worker_client.stage.stage import Stage, own_folder
@@ -71,32 +73,25 @@ async def _serve(config: Config, stage: Stage, found: list[bytes], stop: asyncio
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     agent = Agent(config, stage)
+    door = Door(config.agent_socket, parse_allow(config.agent_allow), agent.note_refused)
     server = grpc.aio.server(options=server_options())
     rpc.add_AgentServiceServicer_to_server(AgentServicer(agent), server)
     try:
         await agent.start(found)
-        _bind(server, config.agent_socket)
+        door.prepare()
+        server.add_insecure_port(Endpoint(path=str(door.inner)).target)
         await server.start()
-        config.agent_socket.chmod(0o600)
+        await door.open()
         log.info("agent %d of node %s listens at %s", os.getpid(), config.node, config.agent_socket)
         await _until_over(agent, stop, may_idle)
     finally:
+        door.stop_listening()
         await server.stop(GRACE_S)
         await agent.close()
-        config.agent_socket.unlink(missing_ok=True)
+        await door.close()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
         log.info("agent %d ended", os.getpid())
-
-
-def _bind(server: grpc.aio.Server, socket: Path) -> None:
-    """The lock is ours, so a socket that is there is stale. Nobody else gets in while it has its first mode."""
-    socket.unlink(missing_ok=True)
-    before = os.umask(0o177)
-    try:
-        server.add_insecure_port(Endpoint(path=str(socket)).target)
-    finally:
-        os.umask(before)
 
 
 async def _until_over(agent: Agent, stop: asyncio.Event, may_idle: bool) -> None:

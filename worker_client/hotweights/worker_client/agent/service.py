@@ -8,6 +8,7 @@ import grpc
 
 from hotweights.v1 import agent_service_pb2 as pb
 from hotweights.v1 import agent_service_pb2_grpc as rpc
+from hotweights.wire.access import bearer_of
 from hotweights.wire.errors import Refused
 from hotweights.worker_client.agent.agent import Agent
 from hotweights.worker_client.agent.edge import statuses
@@ -37,7 +38,9 @@ class AgentServicer(rpc.AgentServiceServicer):
                 async for bytes_done, bytes_total in work.follow(HASH_DEADLINE_S):
                     progress = pb.HashProgress(bytes_done=bytes_done, bytes_total=bytes_total)
                     yield pb.PublishFolderResponse(progress=progress)
-                yield pb.PublishFolderResponse(version=await self._agent.publish(work.task.result(), request))
+                token = bearer_of(context.invocation_metadata() or ())
+                version = await self._agent.publish(work.task.result(), request, token)
+                yield pb.PublishFolderResponse(version=version)
 
     async def IdentifyFolder(
         self, request: pb.IdentifyFolderRequest, context: Context

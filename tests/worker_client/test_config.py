@@ -1,0 +1,22 @@
+"""Settings that cannot be are refused by name; what fuzzing found is here."""
+
+import pytest
+
+from hotweights.worker_client.config import BadSetting, load_config
+
+
+@pytest.mark.parametrize("text", ["many", "-1", "1.5", "²", "٣", "9" * 5000, "0", "1001"])
+def test_a_number_that_is_none_or_out_of_bounds_is_refused_by_name(text: str) -> None:
+    with pytest.raises(BadSetting, match=r"HOTWEIGHTS_MAX_IMAGES=.*takes a whole number from 1 to 1000"):
+        load_config({"HOTWEIGHTS_MAX_IMAGES": text})
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "1e3", "inf", "nan", "٣", "9" * 400])
+def test_a_time_that_is_none_or_never_ends_is_refused_by_name(text: str) -> None:
+    with pytest.raises(BadSetting, match=r"HOTWEIGHTS_AGENT_IDLE_S=.*takes seconds"):
+        load_config({"HOTWEIGHTS_AGENT_IDLE_S": text})
+
+
+def test_numbers_and_times_are_read() -> None:
+    config = load_config({"HOTWEIGHTS_MAX_IMAGES": " 7 ", "HOTWEIGHTS_AGENT_IDLE_S": "0.25"})
+    assert (config.max_images, config.agent_idle_s) == (7, 0.25)
