@@ -112,6 +112,13 @@ class Fleet:
         process.kill()
         process.wait(WAIT_S)
 
+    def pid(self, name: str) -> int:
+        return self._running[name].pid
+
+    def store_mib(self) -> float:
+        """The coordinator's database with its write-ahead log."""
+        return sum(path.stat().st_size for path in self.folder.glob("coordinator.db*")) / (1 << 20)
+
     def close(self) -> None:
         for process in self._running.values():
             process.terminate()
