@@ -81,7 +81,7 @@ def test_a_version_with_nan_is_refused_by_tensor_and_count_while_the_engine_serv
 ) -> None:
     refused = prepare(engine, folders["bad"], check_finite=True)
     assert not refused["ok"]
-    assert f"{KEYS} has 3 of 4096" in refused["reason"]
+    assert f"{KEYS} has 3 of 2048" in refused["reason"]
     assert not engine.rpc("apply", str(folders["bad"]))["ok"]
     assert engine.oracle() == v1
     assert prepare(engine, folders["v2"], check_finite=True)["ok"]

@@ -43,7 +43,8 @@ def test_an_update_that_fails_is_exit_code_1_with_the_reason(agent: Serving, rep
 def test_a_version_that_does_not_fit_is_told_everywhere_by_tensor_and_what_differs(
     agent: Serving, replica: StandIn
 ) -> None:
-    why = "rank 1: Mismatch: tensor norm.weight has shape [64], not [32]"
+    differs = "first norm.weight in shape: BF16[64] in the image, BF16[32] in the model"
+    why = f"rank 1: Mismatch: 1 tensor is of another shape or dtype, {differs}"
     replica.misfit = why
     done = agent.run("update", "v2")
     replica.misfit = ""
