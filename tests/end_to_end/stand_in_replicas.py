@@ -14,8 +14,9 @@ from tests.worker_client.window.fakes import FakeEngine
 from hotweights.worker_client.agent_client import connect_or_start
 from hotweights.worker_client.config import load_config
 from hotweights.worker_client.session import Session
-from hotweights.worker_client.window.controller import Identity, Images, ReplicaController, Stream
+from hotweights.worker_client.window.controller import Identity, ReplicaController, Stream
 from hotweights.worker_client.window.engine import Status
+from hotweights.worker_client.window.identify import Images
 
 
 class FolderEngine(FakeEngine):

@@ -4,6 +4,7 @@ One engine is real; beside it are replicas whose engine is not, with the real co
 test at the end, too long for CI, has three real ones.
 """
 
+import functools
 import os
 import shutil
 import signal
@@ -157,7 +158,7 @@ def node(tmp_path: Path, checkpoints: dict[str, Path]) -> Iterator[tuple[Fleet, 
             arguments = server_arguments(model, checkpoints[version], port)
             fleet.start(replica, arguments, HOTWEIGHTS_MODEL=model, HOTWEIGHTS_REPLICA=replica)
         for url in urls.values():
-            wait_for("an engine", lambda url=url: answers(f"{url}/health"), 3 * ENGINE_DEADLINE_S)
+            wait_for("an engine", functools.partial(answers, f"{url}/health"), 3 * ENGINE_DEADLINE_S)
         for model in (MODEL, OTHER):
             for version, folder in checkpoints.items():
                 fleet.json("publish", str(folder), "--model", model, "--version", version)
