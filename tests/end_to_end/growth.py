@@ -65,9 +65,10 @@ class Series:
         return round(statistics.median(values[-EDGE:]) - statistics.median(values[:EDGE]), 2)
 
     def beyond(self, bounds: Mapping[str, float]) -> dict[str, float]:
-        """What grew by more than the bound of its kind, which is the last word of its name."""
+        """What grew by more than its bound: the one of its name, or of its kind, which is the name's last word."""
         grown = {name: self.growth(name) for name in self.values}
-        return {name: by for name, by in grown.items() if by > bounds[name.rsplit(" ", 1)[-1]]}
+        kinds = {name: name.rsplit(" ", 1)[-1] for name in grown}
+        return {name: by for name, by in grown.items() if by > bounds.get(name, bounds[kinds[name]])}
 
     def as_dict(self) -> dict[str, object]:
         series = {name: {"grew": self.growth(name), "values": values} for name, values in self.values.items()}

@@ -20,6 +20,12 @@ def test_what_grew_beyond_its_bound_is_named_with_by_how_much() -> None:
     assert series.beyond(BOUNDS) == {"rank memory_mib": 34.0}
 
 
+def test_a_name_may_have_a_bound_of_its_own() -> None:
+    growing = [100.0 + at for at in range(20)]
+    series = a_series(rank__memory_mib=growing, agent__memory_mib=growing)
+    assert series.beyond({**BOUNDS, "rank memory_mib": 30.0}) == {"agent memory_mib": 17.0}
+
+
 def test_one_sample_that_fell_into_an_allocation_is_no_growth() -> None:
     series = a_series(rank__memory_mib=[100.0] * 19 + [400.0], agent__descriptors=[20.0] * 18 + [29.0, 20.0])
     assert series.beyond(BOUNDS) == {}
