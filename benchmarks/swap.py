@@ -81,7 +81,7 @@ async def our_swap(engine: Any, folder: Path) -> tuple[float, Any]:
     )
 
     start = time.perf_counter()
-    await call_ranks(engine, "hotweights_prepare", CALL_DEADLINE_S, str(folder), {})
+    await call_ranks(engine, "hotweights_prepare", CALL_DEADLINE_S, str(folder), {}, {})
     while True:
         answers = await call_ranks(engine, "hotweights_prepared", CALL_DEADLINE_S)
         if failed := refusals(answers):

@@ -46,6 +46,14 @@ class FailpointExtension(HotweightsWorkerExtension):
             writes[at].new.data.view(-1)[0] += 1
         return {}
 
+    def mark_caches(self, value: float) -> dict[str, Any]:
+        for cache in self.model_runner.kv_caches:
+            cache.fill_(value)
+        return {"sum": self.sum_of_caches()}
+
+    def sum_of_caches(self) -> float:
+        return float(sum(cache.double().sum() for cache in self.model_runner.kv_caches))
+
     def packed_layer_count(self) -> int:
         from hotweights.adapters.fingerprint import packed_layers
 

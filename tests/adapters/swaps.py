@@ -16,9 +16,9 @@ ROUTES = ("assembled", "reload")
 WRITES_MAX = 200
 
 
-def prepare(engine: LiveEngine, folder: Path, name_map: dict[str, str] | None = None) -> dict[str, Any]:
+def prepare(engine: LiveEngine, folder: Path, name_map: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
     """The answer that ends the preparation: done, or why not."""
-    begun = engine.rpc("prepare", str(folder), name_map or {})
+    begun = engine.rpc("prepare", str(folder), name_map or {}, options)
     assert begun["ok"], begun
     ends = time.monotonic() + PREPARE_DEADLINE_S
     while time.monotonic() < ends:

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import save_file  # noqa: E402
 
+from hotweights.adapters.finite import NotFinite  # noqa: E402
 from hotweights.adapters.mapped import BadImage, Mismatch  # noqa: E402
 from hotweights.adapters.torch_module import same_as_folder  # noqa: E402
 from hotweights.adapters.vllm_extension import HotweightsWorkerExtension, NotBound  # noqa: E402
@@ -114,6 +115,18 @@ def test_a_write_that_fails_half_way_is_undone(
         extension.apply_update(a_checkpoint(tmp_path))
     assert all(torch.equal(tensor, before[key]) for key, tensor in tower.state_dict().items())
     assert tower.first.bias.data_ptr() == address
+
+
+def test_weights_that_are_no_numbers_are_refused_where_that_is_asked_for(
+    tower: Tower, extension: HotweightsWorkerExtension, tmp_path: Path
+) -> None:
+    before = {key: tensor.clone() for key, tensor in tower.state_dict().items()}
+    folder = a_checkpoint(tmp_path, brief=torch.tensor([1.0, float("nan"), float("inf"), 2.0], dtype=torch.bfloat16))
+    with pytest.raises(NotFinite, match=r"in 1 tensors: brief has 2 of 4$"):
+        extension.apply_update(folder, check_finite=True)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in tower.state_dict().items())
+    extension.apply_update(folder)
+    assert same_as_folder(tower, folder, {})
 
 
 def test_a_name_map_renames(tower: Tower, tmp_path: Path) -> None:

@@ -13,7 +13,10 @@ DEADLINE_S = 20.0
 
 
 class StandIn:
-    """In a thread of its own for as long as the `with` lasts. `breaks` makes every apply fail, undone."""
+    """In a thread of its own for as long as the `with` lasts.
+
+    `breaks` makes every apply fail, undone; `misfit` every preparation. `checked` is what the last one was told.
+    """
 
     def __init__(self, endpoint: str, model: str, digest: str, access: Access = ANONYMOUS) -> None:
         self._access = access
@@ -22,7 +25,8 @@ class StandIn:
         self._endpoint = parse_endpoint(endpoint)
         self._welcome = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
-        self.breaks = ""
+        self.breaks = self.misfit = ""
+        self.checked = False
 
     def __enter__(self) -> "StandIn":
         self._thread.start()
@@ -57,7 +61,10 @@ class StandIn:
     async def _on_order(self, order: pb.Order) -> str:
         report = pb.Report(number=order.number, update_id=order.update_id, epoch=order.epoch)
         window = update_pb2.WindowTimes(quiesce_ms=1.0, apply_ms=2.0, resume_ms=3.0, total_ms=7.0)
-        if order.WhichOneof("action") == "prepare":
+        if order.WhichOneof("action") == "prepare" and self.misfit:
+            report.prepare_failed.reason = self.misfit
+        elif order.WhichOneof("action") == "prepare":
+            self.checked = order.prepare.check_finite
             report.prepared.manifest_digest = order.prepare.manifest_digest
             report.prepared.base_digest = self._active
         elif order.WhichOneof("action") == "apply" and self.breaks:

@@ -40,6 +40,36 @@ def test_an_update_that_fails_is_exit_code_1_with_the_reason(agent: Serving, rep
     assert "the third tensor refused" in agent.text("coord-status")
 
 
+def test_a_version_that_does_not_fit_is_told_everywhere_by_tensor_and_what_differs(
+    agent: Serving, replica: StandIn
+) -> None:
+    differs = "first norm.weight in shape: BF16[64] in the image, BF16[32] in the model"
+    why = f"rank 1: Mismatch: 1 tensor is of another shape or dtype, {differs}"
+    replica.misfit = why
+    done = agent.run("update", "v2")
+    replica.misfit = ""
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith(f"was aborted: replica stand-in: {why}")
+    assert agent.json("coord-status")["updates"][-1]["reason"] == f"replica stand-in: {why}"
+    assert why in agent.text("coord-status")
+    assert why in agent.text("events", "--last", "5")
+
+
+def test_a_check_for_finite_values_is_ordered_shown_and_only_on_the_way_forward(
+    agent: Serving, replica: StandIn
+) -> None:
+    assert "note: every rank looks for NaN and infinite values" in agent.text("plan", "v2", "--check-finite")
+    assert "NaN" not in agent.text("plan", "v2")
+    replica.breaks = "not now"
+    for arguments, checked in ((("--check-finite",), True), ((), False)):
+        assert agent.run("update", "v2", *arguments).returncode == 1
+        assert replica.checked is checked
+        assert agent.json("coord-status")["updates"][-1]["options"]["check_finite"] is checked
+        assert (", values checked (--check-finite)" in agent.text("coord-status")) is checked
+    replica.breaks = ""
+    assert agent.run("rollback", "--check-finite").returncode == 2
+
+
 def test_an_update_is_waited_for_and_0_when_it_was_committed(agent: Serving, replica: StandIn) -> None:
     said = agent.text("update", "v2")
     assert "fleet update of m from v1 to v2, 1 replica on 1 node" in said
@@ -76,9 +106,11 @@ def test_a_rollback_goes_back_and_holds_the_model_until_resume(agent: Serving, r
 def test_a_publication_with_update_and_wait_ends_with_the_commit(
     agent: Serving, replica: StandIn, checkpoints: dict[str, Path]
 ) -> None:
-    done = agent.json("publish", str(checkpoints["v3"]), "--version", "v3", "--update", "--wait")
+    done = agent.json("publish", str(checkpoints["v3"]), "--version", "v3", "--update", "--wait", "--check-finite")
     assert done["version"]["name"] == "v3"
     assert done["update"]["phase"] == "UPDATE_PHASE_COMMITTED"
+    assert done["update"]["options"]["check_finite"] is True
+    assert replica.checked
 
 
 def test_an_update_that_is_not_waited_for_is_only_named(agent: Serving, replica: StandIn) -> None:

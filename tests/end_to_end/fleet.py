@@ -36,6 +36,17 @@ def wait_for(what: str, probe: Callable[[], Any], deadline_s: float = WAIT_S) ->
     raise AssertionError(f"{what}: not within {deadline_s:.0f} s")
 
 
+def server_arguments(model: str, checkpoint: Path, port: int) -> list[str]:
+    """vLLM's OpenAI server."""
+    # fmt: off
+    return [
+        "vllm.entrypoints.openai.api_server", "--model", str(checkpoint), "--served-model-name", model,
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--enforce-eager",
+        "--max-model-len", "256", "--worker-extension-cls", "failpoints_by_http.FailpointsByHttp",
+    ]
+    # fmt: on
+
+
 class Fleet:
     """What a test drives; every process is ended by its id."""
 
@@ -63,14 +74,14 @@ class Fleet:
             "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH", "")))),
         }
 
-    def start(self, name: str, arguments: Sequence[str]) -> None:
+    def start(self, name: str, arguments: Sequence[str], **environment: str) -> None:
         log = (self.folder / f"{name}.log").open("ab")
         self._running[name] = subprocess.Popen(
             [sys.executable, "-m", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=self.environment,
+            env={**self.environment, **environment},
             start_new_session=True,
         )
         log.close()
@@ -88,13 +99,7 @@ class Fleet:
         wait_for("the agent", lambda: any(n.get("connected") for n in self.status().get("nodes", [])))
 
     def start_engine(self) -> None:
-        # fmt: off
-        self.start("engine", [
-            "vllm.entrypoints.openai.api_server", "--model", str(self.checkpoint), "--served-model-name", MODEL,
-            "--host", "127.0.0.1", "--port", str(self.api_port), "--dtype", "bfloat16", "--enforce-eager",
-            "--max-model-len", "256", "--worker-extension-cls", "failpoints_by_http.FailpointsByHttp",
-        ])
-        # fmt: on
+        self.start("engine", server_arguments(MODEL, self.checkpoint, self.api_port))
         wait_for("the engine", self._engine_answers, ENGINE_DEADLINE_S)
         wait_for("the replica", lambda: self.replica().get("active_digest"))
 
@@ -110,6 +115,13 @@ class Fleet:
         process = self._running.pop(name)
         process.kill()
         process.wait(WAIT_S)
+
+    def pid(self, name: str) -> int:
+        return self._running[name].pid
+
+    def store_mib(self) -> float:
+        """The coordinator's database with its write-ahead log."""
+        return sum(path.stat().st_size for path in self.folder.glob("coordinator.db*")) / (1 << 20)
 
     def close(self) -> None:
         for process in self._running.values():
@@ -166,15 +178,17 @@ class Fleet:
 
     def outputs(self) -> list[str]:
         """Greedy outputs of the serving engine."""
-        return [self._complete(prompt) for prompt in self.prompts]
+        return [complete(self.url, MODEL, prompt) for prompt in self.prompts]
 
-    def _complete(self, prompt: str) -> str:
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True}
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=WAIT_S) as response:
-            text: str = json.loads(response.read())["choices"][0]["text"]
-            return text
+
+def complete(url: str, model: str, prompt: str) -> str:
+    """What a server answers, greedily."""
+    body = {"model": model, "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=WAIT_S) as response:
+        text: str = json.loads(response.read())["choices"][0]["text"]
+        return text

@@ -123,7 +123,7 @@ def test_a_client_that_is_not_ours_lists_services_and_reads_status_and_health(fl
     services = ask("--list-services", address)
     assert "hotweights.v1.CoordinatorService" in services
     status = json.loads(ask("-d", "{}", f"{address}/hotweights.v1.CoordinatorService/GetStatus"))
-    assert [model["name"] for model in status["models"]] == [MODEL]
+    assert MODEL in [model["name"] for model in status["models"]]
     health = json.loads(ask("-d", "{}", f"{address}/grpc.health.v1.Health/Check"))
     assert health == {"status": "SERVING"}
 

@@ -80,9 +80,10 @@ class Hub:
                 order.stage.CopyFrom(self._stage(stage, tell.member, state))
             case o.Pin(digests):
                 order.unpin.pinned_digests.extend(bytes.fromhex(d) for d in sorted(digests))
-            case o.Prepare(digest, deadline_s):
+            case o.Prepare(digest, deadline_s, check_finite):
                 order.prepare.manifest_digest = bytes.fromhex(digest)
                 order.prepare.deadline_s = deadline_s
+                order.prepare.check_finite = check_finite
             case o.Apply() as go:
                 order.apply.CopyFrom(_apply(go))
             case o.End(committed):

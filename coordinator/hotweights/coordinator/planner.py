@@ -29,6 +29,8 @@ def plan_update(state: State, now: float, model: str, version: str, options: Opt
         row.fetch_bytes, row.fetch_buckets = target.image_bytes, target.bucket_count
         row.source_node_ids.extend(holders)
     plan.notes.extend(_notes(state, roster, target.image_bytes))
+    if options.check_finite:
+        plan.notes.append("every rank looks for NaN and infinite values while it prepares; one refuses the version")
     return plan
 
 

@@ -83,7 +83,7 @@ REPLICA_OUTCOME_TORN: ReplicaOutcome
 REPLICA_OUTCOME_EXCLUDED: ReplicaOutcome
 
 class UpdateOptions(_message.Message):
-    __slots__ = ("failure_policy", "inflight", "canary", "max_unavailable", "max_failed", "staging_deadline_s", "quiesce_deadline_s", "apply_deadline_s", "asleep_deadline_s")
+    __slots__ = ("failure_policy", "inflight", "canary", "max_unavailable", "max_failed", "staging_deadline_s", "quiesce_deadline_s", "apply_deadline_s", "check_finite", "asleep_deadline_s")
     FAILURE_POLICY_FIELD_NUMBER: _ClassVar[int]
     INFLIGHT_FIELD_NUMBER: _ClassVar[int]
     CANARY_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +92,7 @@ class UpdateOptions(_message.Message):
     STAGING_DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     QUIESCE_DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     APPLY_DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    CHECK_FINITE_FIELD_NUMBER: _ClassVar[int]
     ASLEEP_DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     failure_policy: FailurePolicy
     inflight: Inflight
@@ -101,8 +102,9 @@ class UpdateOptions(_message.Message):
     staging_deadline_s: float
     quiesce_deadline_s: float
     apply_deadline_s: float
+    check_finite: bool
     asleep_deadline_s: float
-    def __init__(self, failure_policy: _Optional[_Union[FailurePolicy, str]] = ..., inflight: _Optional[_Union[Inflight, str]] = ..., canary: _Optional[int] = ..., max_unavailable: _Optional[str] = ..., max_failed: _Optional[str] = ..., staging_deadline_s: _Optional[float] = ..., quiesce_deadline_s: _Optional[float] = ..., apply_deadline_s: _Optional[float] = ..., asleep_deadline_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, failure_policy: _Optional[_Union[FailurePolicy, str]] = ..., inflight: _Optional[_Union[Inflight, str]] = ..., canary: _Optional[int] = ..., max_unavailable: _Optional[str] = ..., max_failed: _Optional[str] = ..., staging_deadline_s: _Optional[float] = ..., quiesce_deadline_s: _Optional[float] = ..., apply_deadline_s: _Optional[float] = ..., check_finite: bool = ..., asleep_deadline_s: _Optional[float] = ...) -> None: ...
 
 class WindowTimes(_message.Message):
     __slots__ = ("quiesce_ms", "apply_ms", "resume_ms", "total_ms")

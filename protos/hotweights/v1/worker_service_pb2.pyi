@@ -183,12 +183,14 @@ class UnpinImages(_message.Message):
     def __init__(self, pinned_digests: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class PrepareImage(_message.Message):
-    __slots__ = ("manifest_digest", "deadline_s")
+    __slots__ = ("manifest_digest", "deadline_s", "check_finite")
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    CHECK_FINITE_FIELD_NUMBER: _ClassVar[int]
     manifest_digest: bytes
     deadline_s: float
-    def __init__(self, manifest_digest: _Optional[bytes] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    check_finite: bool
+    def __init__(self, manifest_digest: _Optional[bytes] = ..., deadline_s: _Optional[float] = ..., check_finite: bool = ...) -> None: ...
 
 class ApplyImage(_message.Message):
     __slots__ = ("manifest_digest", "version", "inflight", "validity_s", "quiesce_deadline_s", "apply_deadline_s", "restore", "asleep_deadline_s")

@@ -37,6 +37,15 @@ def test_the_way_back_is_staged_before_anyone_is_prepared() -> None:
     assert [order.member for order, _ in bench.waiting(o.Prepare)] == ["r0"]
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_check_for_finite_values_is_ordered_only_where_it_was_asked_for(asked: bool) -> None:
+    bench = committed_fleet(1)
+    bench.start("v2", check_finite=asked)
+    bench.stage("n0")
+    bench.stage("n0")
+    assert [prepare.check_finite for _, prepare in bench.waiting(o.Prepare)] == [asked]
+
+
 def test_the_canary_goes_first_and_then_a_share_at_a_time() -> None:
     bench = committed_fleet(6)
     bench.start("v2", canary=1, max_unavailable="40%")

@@ -24,8 +24,8 @@ class Bench:
     stream: FakeStream = field(default_factory=FakeStream)
     controller: ReplicaController | None = None
 
-    async def prepare(self, digest: bytes) -> pb.Report:
-        assert await self.stream.give(prepare=pb.PrepareImage(manifest_digest=digest, deadline_s=5)) == ""
+    async def prepare(self, digest: bytes, **more: Any) -> pb.Report:
+        assert await self.stream.give(prepare=pb.PrepareImage(manifest_digest=digest, deadline_s=5, **more)) == ""
         return await self.stream.take()
 
     async def apply(self, digest: bytes, **more: Any) -> pb.Report:

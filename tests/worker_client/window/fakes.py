@@ -29,6 +29,8 @@ class FakeEngine:
         self.salt = ""
         self.reading = False
         self.wakes = asyncio.Event()
+        self.checks_finite = False
+        self.cleared_caches = self.caches_spoilt = False
         self.does: dict[str, Callable[..., Awaitable[Any]]] = {}
 
     def proof(self, rank: int) -> bytes:
@@ -86,12 +88,13 @@ class FakeEngine:
     def _fingerprint(self, rank: int) -> Status:
         return {"done": True, "fingerprint": self.proof(rank)}
 
-    def _prepare(self, rank: int, folder: str, name_map: dict[str, str]) -> Status:
+    def _prepare(self, rank: int, folder: str, name_map: dict[str, str], options: dict[str, Any]) -> Status:
+        self.checks_finite = options["check_finite"]
         self.prepared, self.kept = folder, None
         return {}
 
     def _prepared(self, rank: int) -> Status:
-        return {"done": True, "fingerprint": self.proof(rank)}
+        return {"done": True, "fingerprint": self.proof(rank), "caches_spoilt": self.caches_spoilt}
 
     def _apply(self, rank: int, folder: str) -> Status:
         assert self.paused
@@ -100,8 +103,9 @@ class FakeEngine:
         self.weights[rank] = folder
         return {"fingerprint": self.proof(rank)}
 
-    def _undo(self, rank: int) -> Status:
+    def _undo(self, rank: int, options: dict[str, Any]) -> Status:
         assert self.paused
+        self.cleared_caches = options["clear_caches"]
         assert self.kept is not None
         self.weights[rank] = self.kept[rank]
         return {"fingerprint": self.proof(rank)}

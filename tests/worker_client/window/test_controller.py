@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from tests.worker_client.window.benches import V1, V2, V3, Bench, running, until
-from tests.worker_client.window.fakes import FakeAgent, FakeEngine, FakeStream, hangs, refuses
+from tests.worker_client.window.fakes import FakeAgent, FakeEngine, FakeStream, fails, hangs, refuses
 
+from hotweights.v1 import update_pb2
 from hotweights.v1 import worker_service_pb2 as pb
 from hotweights.worker_client.window.controller import Identity, ReplicaController
 from hotweights.worker_client.window.identify import Images
@@ -81,6 +82,41 @@ async def test_restore_after_an_apply_uses_the_kept_copies(bench: Bench) -> None
     assert report.applied.active_digest == V1
     assert bench.engine.weights == ["/base", "/base"]
     assert bench.engine.tag == "v1"
+
+
+async def test_going_back_after_the_engine_ran_clears_the_caches_and_an_undo_does_not(bench: Bench) -> None:
+    await bench.prepare(V2)
+    fails(bench.engine, "tag", "no tag")
+    assert (await bench.apply(V2)).apply_failed.failure == pb.APPLY_FAILURE_UNDONE
+    assert "undo" in bench.engine.calls
+    assert not bench.engine.cleared_caches
+    del bench.engine.does["tag"]
+    await bench.apply(V2)
+    await bench.apply(V1, restore=True, version="v1")
+    assert bench.engine.cleared_caches
+
+
+async def test_nothing_is_kept_in_flight_where_the_caches_are_cleared(bench: Bench) -> None:
+    modes = []
+
+    async def pause(mode: str) -> None:
+        modes.append(mode)
+
+    bench.engine.does["pause"] = pause
+    for digest, spoilt, restore in ((V2, False, False), (V1, False, True), (V2, True, False)):
+        bench.engine.caches_spoilt = spoilt
+        report = await bench.apply(digest, inflight=update_pb2.INFLIGHT_KEEP, restore=restore)
+        assert report.applied.active_digest == digest
+    assert modes == ["keep", "recompute", "recompute"]
+
+
+async def test_a_check_asked_for_is_made_unless_it_was_made_already(bench: Bench) -> None:
+    for check_finite, prepared in ((False, 1), (True, 2), (True, 2), (False, 2)):
+        assert (await bench.prepare(V2, check_finite=check_finite)).prepared.manifest_digest == V2
+        assert bench.engine.calls.count("prepare") == prepared
+    assert bench.engine.checks_finite
+    assert (await bench.apply(V2)).applied.active_digest == V2
+    assert bench.engine.calls.count("prepare") == 2
 
 
 async def test_restore_without_copies_prepares_the_base_image(bench: Bench) -> None:

@@ -116,3 +116,11 @@ async def test_a_failure_on_waking_from_level_2_on_a_device_cannot_be_undone(ben
         assert report.apply_failed.failure == pb.APPLY_FAILURE_TORN
         assert "sleep level 2" in report.apply_failed.reason
         assert engine.killed
+
+
+async def test_a_check_asked_for_while_it_slept_is_made_when_it_wakes(bench: Bench) -> None:
+    await bench.prepare(V2, check_finite=True)
+    assert (await bench.apply(V2)).HasField("deferred")
+    bench.engine.wake()
+    assert (await bench.stream.take()).applied.active_digest == V2
+    assert bench.engine.checks_finite

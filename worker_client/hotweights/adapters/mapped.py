@@ -72,16 +72,24 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_specs(image: Mapping[str, TensorSpec], served: Mapping[str, TensorSpec]) -> None:
-    """Raises Mismatch with the tensor's name unless both have the same tensors."""
+    """Raises Mismatch, naming a tensor and what differs, unless both have the same tensors."""
     if missing := sorted(served.keys() - image.keys()):
-        raise Mismatch(f"{len(missing)} tensors are missing, first {missing[0]} {served[missing[0]]}")
+        raise Mismatch(f"{_counted(missing, 'of the model')} not in the image, first {missing[0]} {served[missing[0]]}")
     if extra := sorted(image.keys() - served.keys()):
-        raise Mismatch(f"{len(extra)} tensors are not in the model, first {extra[0]} {image[extra[0]]}")
-    for name in sorted(image):
-        if image[name].shape != served[name].shape:
-            raise Mismatch(f"tensor {name} has shape {list(image[name].shape)}, not {list(served[name].shape)}")
-        if image[name].dtype != served[name].dtype:
-            raise Mismatch(f"tensor {name} has dtype {image[name].dtype}, not {served[name].dtype}")
+        raise Mismatch(f"{_counted(extra, 'of the image')} not in the model, first {extra[0]} {image[extra[0]]}")
+    if different := [name for name in sorted(image) if image[name] != served[name]]:
+        name = different[0]
+        what = "shape" if image[name].shape != served[name].shape else "dtype"
+        raise Mismatch(
+            f"{_counted(different)} of another shape or dtype, first {name} in {what}: "
+            f"{image[name]} in the image, {served[name]} in the model"
+        )
+
+
+def _counted(names: list[str], whose: str = "") -> str:
+    """ "1 tensor of the image is", "2 tensors are"."""
+    one = len(names) == 1
+    return " ".join(filter(None, (str(len(names)), "tensor" if one else "tensors", whose, "is" if one else "are")))
 
 
 def _header(path: Path) -> dict[str, _Place]:

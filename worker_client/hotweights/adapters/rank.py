@@ -9,16 +9,17 @@ Everything long happens in a daemon thread before the pause: mapping, checking, 
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from hotweights.adapters import memory
+from hotweights.adapters import kv_cache, memory
 from hotweights.adapters.assembled import AssembledRoute, one_thread
 from hotweights.adapters.checkpoint import checkpoint_folder
 from hotweights.adapters.fingerprint import Probe, Proof, combine, digest_tensors, packed_layers
+from hotweights.adapters.finite import check_finite as check_all_finite
 from hotweights.adapters.mapped import MappedImage, TensorSpec, check_specs, read_specs
 from hotweights.adapters.routes import ReloadRoute, Route
 from hotweights.adapters.shadow import NoShadow
@@ -27,6 +28,7 @@ from hotweights.worker_client.config import load_config
 from hotweights.worker_client.window.failpoints import Failpoints, parse_failpoints
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 PROBE_SLICE_S = 0.005  # a serving engine waits at most about this long for one poll
 
@@ -78,14 +80,26 @@ class Update:
         self.expected = b""
         """The fingerprint of after; empty where only the write can tell."""
         self._proof = proof
+        self._look: Job | None = None
 
     @property
     def before(self) -> bytes:
         """The fingerprint of before; empty until it is known."""
         return self._proof.fingerprint
 
+    def look_at_caches(self, runner: Any) -> None:
+        """Begins to, last of all: what is computed after that nobody looks at."""
+        self._look = Job("caches", lambda: _quietly(lambda: kv_cache.may_be_spoilt(runner)))
+
+    @property
+    def caches_spoilt(self) -> bool:
+        """Whether the apply clears the KV cache. After `ready`."""
+        return self._look is not None and bool(self._look.result())
+
     def ready(self) -> bool:
-        """Goes on with the probes for one slice; True once the fingerprints are known."""
+        """Goes on with the probes for one slice; True once the fingerprints are known and the caches looked at."""
+        if self._look is not None and not self._look.done:
+            return False
         after = self.route.proof
         if not self._proof.run(PROBE_SLICE_S) or not (after is None or after.run(PROBE_SLICE_S)):
             return False
@@ -102,6 +116,7 @@ class Rank:
         self._served: Mapping[str, TensorSpec] | None = None
         self._job: Job | None = None
         self._folder: Path | None = None
+        self._checking = False
         self._update: Update | None = None
         self._closing: list[MappedImage] = []
         self._fingerprint: tuple[Job, Probe] | None = None
@@ -113,31 +128,30 @@ class Rank:
 
     # Preparing
 
-    def prepare(self, folder: Path, name_map: Mapping[str, str]) -> None:
+    def prepare(self, folder: Path, name_map: Mapping[str, str], *, check_finite: bool = False) -> None:
         """Starts to prepare; the same folder again goes on with what was begun."""
         update = self._update
-        if self._folder == folder and update is not None and update.snapshot is None and update.route.keep():
+        same = self._folder == folder and (self._checking or not check_finite)
+        if same and update is not None and update.snapshot is None and update.route.keep():
+            update.look_at_caches(self._worker.model_runner)
             return
         if self._job is not None and not self._job.done:
-            if self._folder == folder:
+            if same:
                 return
             raise RankRefused(f"still preparing {self._folder}")
         self.release()
-        self._folder = folder
-        self._job = Job("prepare", lambda: self._prepare(folder, dict(name_map)))
+        self._folder, self._checking = folder, check_finite
+        self._job = Job("prepare", lambda: _quietly(lambda: self._prepare(folder, dict(name_map), check_finite)))
 
-    def _prepare(self, folder: Path, name_map: Mapping[str, str]) -> Update:
-        # One thread: the serving engine needs the cores more than this does.
-        with one_thread():
-            return self._prepare_quietly(folder, name_map)
-
-    def _prepare_quietly(self, folder: Path, name_map: Mapping[str, str]) -> Update:
+    def _prepare(self, folder: Path, name_map: Mapping[str, str], check_finite: bool) -> Update:
         _failpoints().hit("prepare.start")
         image, model = MappedImage(folder, name_map), self.model
         try:
             served = self._served_specs()
             if served is not None:
                 check_specs(image.specs, served)
+            if check_finite:
+                check_all_finite(image)
             memory.require("the way back", self._bytes_needed())
             copies = Copies(model)
             image.populate()
@@ -199,6 +213,7 @@ class Rank:
                 return None
             job, self._job = self._job, None
             self._update = job.result()
+            self._update.look_at_caches(self._worker.model_runner)
         if self._update is None:
             raise RankRefused("nothing is being prepared")
         return self._update if self._update.ready() else None
@@ -233,12 +248,14 @@ class Rank:
                 probe.run_packed_anew()
 
         update.route.write(update.image, after)
+        if update.caches_spoilt:
+            self._clear_caches("a value in it was NaN or infinite")
         self.synchronize()
         points.hit("apply.end")
         self._served = update.image.specs
         return update, probe
 
-    def undo(self) -> bytes:
+    def undo(self, *, clear_caches: bool = False) -> bytes:
         """Puts back what was served before the apply, proves it and gives its fingerprint."""
         update = self._update
         if update is None:
@@ -248,6 +265,8 @@ class Rank:
             update.snapshot.put_back()
             update.copies.put_back()
             update.route.clean_up()
+            if clear_caches:
+                self._clear_caches("the engine ran on the version that is taken back")
             self.synchronize()
             self._served, update.snapshot = update.specs_before, None
         now = combine(digest_tensors(self.model), Probe(self.model))
@@ -256,6 +275,10 @@ class Rank:
                 f"fingerprint after the undo is {now.hex()}, before the apply it was {update.before.hex()}"
             )
         return now
+
+    def _clear_caches(self, reason: str) -> None:
+        log.info("clearing the KV cache: %s", reason)
+        kv_cache.clear(self._worker.model_runner)
 
     def fingerprint_now(self, probe: Probe) -> bytes:
         """The proof of an apply, on all cores. Raises NotProven when it is known and another: the undo follows."""
@@ -305,6 +328,12 @@ def _packed_bytes(layer: torch.nn.Module) -> int:
 
     weight = get_layerwise_info(layer).restore_metadata[0].get("weight")
     return 0 if weight is None else int(weight.nbytes)
+
+
+def _quietly(work: Callable[[], T]) -> T:
+    """On one thread: the serving engine needs the cores more than this does."""
+    with one_thread():
+        return work()
 
 
 def _failpoints() -> Failpoints:

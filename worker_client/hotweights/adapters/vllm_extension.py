@@ -70,12 +70,19 @@ class HotweightsWorkerExtension:
         """The module whose tensors `apply_update` replaces."""
         self._module = module
 
-    def apply_update(self, folder: Path | str | None = None, *, deadline_s: float = UPDATE_DEADLINE_S) -> AppliedUpdate:
+    def apply_update(
+        self,
+        folder: Path | str | None = None,
+        *,
+        check_finite: bool = False,
+        deadline_s: float = UPDATE_DEADLINE_S,
+    ) -> AppliedUpdate:
         """Installs the newest version of the model, or the checkpoint in `folder`; all of it or nothing.
 
         The newest version is asked of the coordinator and staged by the node's agent, which is started when none runs.
-        No forward pass may run meanwhile. Raises NotBound, BadImage, Mismatch, Refused, Unreachable, TimeoutError; the
-        module then serves what it did before. Not from a running event loop: use a thread there.
+        No forward pass may run meanwhile. `check_finite` refuses weights with NaN or infinite values. Raises NotBound,
+        BadImage, Mismatch, NotFinite, Refused, Unreachable, TimeoutError; the module then serves what it did before.
+        Not from a running event loop: use a thread there.
         """
         from hotweights.adapters.torch_module import install
 
@@ -83,11 +90,12 @@ class HotweightsWorkerExtension:
             raise NotBound
         module, config = self._module, self._config()
         if folder is not None:
-            return AppliedUpdate("", b"", install(module, Path(folder), config.name_map))
+            proof = install(module, Path(folder), config.name_map, check_finite=check_finite)
+            return AppliedUpdate("", b"", proof)
         from hotweights.adapters.newest import pull_newest
 
         def write(image: Path) -> bytes:
-            return install(module, image, config.name_map)
+            return install(module, image, config.name_map, check_finite=check_finite)
 
         pulled = asyncio.run(asyncio.wait_for(pull_newest(config, write), deadline_s))
         return AppliedUpdate(pulled.version, pulled.digest, pulled.fingerprint)

@@ -78,9 +78,14 @@ def hotweights_fingerprint(self: Any) -> Status:
 
 
 @_answered
-def hotweights_prepare(self: Any, folder: str, name_map: dict[str, str]) -> Status:
-    """Starts to prepare the image in `folder`; poll `hotweights_prepared`."""
-    _rank(self).prepare(Path(folder), name_map)
+def hotweights_prepare(
+    self: Any, folder: str, name_map: dict[str, str], options: dict[str, Any] | None = None
+) -> Status:
+    """Starts to prepare the image in `folder`; poll `hotweights_prepared`.
+
+    `options`: `check_finite` (False) refuses an image with NaN or infinite values.
+    """
+    _rank(self).prepare(Path(folder), name_map, check_finite=bool((options or {}).get("check_finite")))
     return {}
 
 
@@ -90,7 +95,8 @@ def hotweights_prepared(self: Any) -> Status:
     update = _rank(self).prepared()
     if update is None:
         return {"done": False}
-    return {"done": True, "fingerprint": update.before, "tensors": len(update.image)}
+    spoilt = update.caches_spoilt
+    return {"done": True, "fingerprint": update.before, "tensors": len(update.image), "caches_spoilt": spoilt}
 
 
 @_answered
@@ -112,9 +118,12 @@ def hotweights_apply(self: Any, folder: str) -> Status:
 
 
 @_answered
-def hotweights_undo(self: Any) -> Status:
-    """Back to what was served before the apply; ok only when the fingerprint proves it."""
-    return {"fingerprint": _rank(self).undo()}
+def hotweights_undo(self: Any, options: dict[str, Any] | None = None) -> Status:
+    """Back to what was served before the apply; ok only when the fingerprint proves it.
+
+    `options`: `clear_caches` (False) zeros the KV cache too: for when the engine has run since the apply.
+    """
+    return {"fingerprint": _rank(self).undo(clear_caches=bool((options or {}).get("clear_caches")))}
 
 
 @_answered

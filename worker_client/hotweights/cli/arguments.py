@@ -100,8 +100,11 @@ def add_wait_timeout(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_update_options(parser: argparse.ArgumentParser) -> None:
-    """The fields of UpdateOptions; what is not given takes the coordinator's default."""
+def add_update_options(parser: argparse.ArgumentParser, *, forward: bool = True) -> None:
+    """The fields of UpdateOptions; what is not given takes the coordinator's default.
+
+    `forward` is not going back: that is to a version that served, and is not made to wait for a look at it.
+    """
     group = parser.add_argument_group("how the update goes")
     group.add_argument(
         "--failure-policy", choices=("rollback", "evict"), help="what a failed replica means (default: rollback)"
@@ -116,6 +119,11 @@ def add_update_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-failed", metavar="N|N%", help="failures that evict tolerates (default: 10%%)")
     for phase, default in (("staging", 1800), ("quiesce", 30), ("apply", 120), ("asleep", 3600)):
         group.add_argument(f"--{phase}-deadline", type=seconds, metavar="S", help=f"seconds (default: {default})")
+    parser.set_defaults(check_finite=False)
+    if forward:
+        group.add_argument(
+            "--check-finite", action="store_true", help="refuse a version with NaN or infinite values before any pause"
+        )
 
 
 def update_options(arguments: argparse.Namespace) -> "update_pb2.UpdateOptions":
@@ -131,6 +139,7 @@ def update_options(arguments: argparse.Namespace) -> "update_pb2.UpdateOptions":
         quiesce_deadline_s=arguments.quiesce_deadline or 0.0,
         apply_deadline_s=arguments.apply_deadline or 0.0,
         asleep_deadline_s=arguments.asleep_deadline or 0.0,
+        check_finite=arguments.check_finite,
     )
 
 

@@ -105,6 +105,8 @@ def update_tables(update: "update_pb2.Update") -> "Iterable[Table]":
         f"update {update.id}: {kind} from {update.base_version or 'unversioned'} to {update.target_version}: "
         f"{phase}{wave}, {when}"
     )
+    if update.options.check_finite:
+        title += ", values checked (--check-finite)"
     if update.reason:
         title += f"\n  reason: {one_line(update.reason)}"
     replicas = Table(title, ("REPLICA", "WAVE", "OUTCOME", "PAUSE", "REASON"), empty="no replicas")

@@ -28,7 +28,7 @@ def add_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     parser.add_argument(
         "version", nargs="?", default="", metavar="VERSION", help="default: the one committed before the present one"
     )
-    _add_common(parser)
+    _add_common(parser, forward=False)
     add_waiting(parser)
 
     parser = add_command(commands, "plan", plan, "Show how an update would go; changes nothing.")
@@ -44,10 +44,10 @@ def add_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     add_connection(parser)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser, *, forward: bool = True) -> None:
     add_model(parser)
     add_connection(parser)
-    add_update_options(parser)
+    add_update_options(parser, forward=forward)
 
 
 async def update(arguments: argparse.Namespace) -> int:

@@ -34,6 +34,7 @@ class Pin:
 class Prepare:
     digest: str
     deadline_s: float
+    check_finite: bool = False
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ class Options:
     quiesce_deadline_s: float = 30.0
     apply_deadline_s: float = 120.0
     asleep_deadline_s: float = 3600.0
+    check_finite: bool = False
 
 
 @dataclass(frozen=True)

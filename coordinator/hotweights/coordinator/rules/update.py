@@ -125,7 +125,7 @@ def make_ready(turn: Turn, update_id: str, member: Member) -> None:
         update, effort = turn.updates[update_id], turn.efforts[update_id]
         if seat.id not in effort.preparing:
             left_s = max(1.0, effort.deadline_at - turn.now)
-            ticket = turn.tell(seat, Prepare(update.target_digest, left_s), update_id)
+            ticket = turn.tell(seat, Prepare(update.target_digest, left_s, update.options.check_finite), update_id)
             preparing = {**effort.preparing, seat.id: ticket}
             turn.efforts.put(update_id, replace(effort, preparing=preparing))
 

@@ -50,6 +50,7 @@ def options_from(message: update_pb2.UpdateOptions) -> r.Options:
         quiesce_deadline_s=message.quiesce_deadline_s or default.quiesce_deadline_s,
         apply_deadline_s=message.apply_deadline_s or default.apply_deadline_s,
         asleep_deadline_s=message.asleep_deadline_s or default.asleep_deadline_s,
+        check_finite=message.check_finite,
     )
 
 
@@ -79,6 +80,7 @@ def options_message(options: r.Options) -> update_pb2.UpdateOptions:
         quiesce_deadline_s=options.quiesce_deadline_s,
         apply_deadline_s=options.apply_deadline_s,
         asleep_deadline_s=options.asleep_deadline_s,
+        check_finite=options.check_finite,
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from hotweights.v1 import fleet_pb2, model_pb2, update_pb2
 from hotweights.v1 import worker_service_pb2 as pb
 from hotweights.wire.errors import HotweightsError
-from hotweights.worker_client.window.engine import Engine, EngineFailed, PauseMode
+from hotweights.worker_client.window.engine import Engine, EngineFailed, PauseMode, Status
 from hotweights.worker_client.window.identify import FAILED, Images, Processes, fingerprint, identify_folder, meet
 from hotweights.worker_client.window.sleep import Sleep
 from hotweights.worker_client.window.window import (
@@ -90,6 +90,8 @@ class _Prepared:
     digest: bytes
     folder: Path
     before: tuple[bytes, ...]
+    checked_finite: bool
+    caches_spoilt: bool
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class ReplicaController:
         self._agent: Images | None = None
         self._mapped: set[bytes] = set()
         self._prepared: _Prepared | None = None
+        self._to_check = b""
         self._kept: _Kept | None = None
         self._known: dict[bytes, tuple[bytes, ...]] = {}
         self._last: tuple[tuple[int, int], pb.Report] | None = None
@@ -270,6 +273,7 @@ class ReplicaController:
 
     async def _do_prepare(self, order: pb.PrepareImage, report: pb.Report) -> None:
         try:
+            self._to_check = order.manifest_digest if order.check_finite else b""
             await self._prepare(order.manifest_digest, order.deadline_s or PREPARE_DEADLINE_S)
         except (PrepareRefused, *FAILED) as error:
             log.warning("preparing %s failed: %s", order.manifest_digest.hex()[:12], error)
@@ -290,7 +294,8 @@ class ReplicaController:
             await self._prepare_ranks(digest, deadline_s)
 
     async def _prepare_ranks(self, digest: bytes, deadline_s: float) -> None:
-        if digest == self.active_digest or (self._prepared is not None and self._prepared.digest == digest):
+        check_finite = digest == self._to_check
+        if digest == self.active_digest or _holds(self._prepared, digest, check_finite):
             return
         ends = self._clock() + deadline_s
         agent = await self._images()
@@ -298,25 +303,26 @@ class ReplicaController:
         self._mapped.add(digest)
         self._prepared = self._kept = None  # the ranks drop what they had for this
         try:
-            name_map = dict(self._identity.name_map)
-            answers = await call_ranks(self._engine, "hotweights_prepare", CALL_DEADLINE_S, str(folder), name_map)
+            plain = str(folder), dict(self._identity.name_map), {"check_finite": check_finite}
+            answers = await call_ranks(self._engine, "hotweights_prepare", CALL_DEADLINE_S, *plain)
             if failed := refusals(answers):
                 raise PrepareRefused(failed)
-            before = await self._poll_prepared(ends, deadline_s)
+            answers = await self._poll_prepared(ends, deadline_s)
         except (PrepareRefused, Unanswered):
             await self._unmap()
             raise
+        before, spoilt = fingerprints(answers), any(answer.get("caches_spoilt") for answer in answers)
         if self.active_digest and not self.fingerprints:
             self.fingerprints = self._known[self.active_digest] = before
-        self._prepared = _Prepared(digest, folder, before)
+        self._prepared = _Prepared(digest, folder, before, check_finite, spoilt)
 
-    async def _poll_prepared(self, ends: float, deadline_s: float) -> tuple[bytes, ...]:
+    async def _poll_prepared(self, ends: float, deadline_s: float) -> list[Status]:
         while self._clock() < ends:
             answers = await call_ranks(self._engine, "hotweights_prepared", CALL_DEADLINE_S)
             if failed := refusals(answers):
                 raise PrepareRefused(failed)
             if all(answer["done"] for answer in answers):
-                return fingerprints(answers)
+                return answers
             await asyncio.sleep(POLL_S)
         raise Unanswered("preparing", deadline_s)
 
@@ -391,7 +397,7 @@ class ReplicaController:
         window = WindowOrder(
             folder=folder,
             version=order.version,
-            mode=_MODES.get(order.inflight, "recompute"),
+            mode=_mode(order, clears_caches=not folder or (prepared is not None and prepared.caches_spoilt)),
             begin_by=taken.arrived + order.validity_s,
             quiesce_deadline_s=order.quiesce_deadline_s,
             apply_deadline_s=order.apply_deadline_s,
@@ -448,6 +454,17 @@ class ReplicaController:
             resume_ms=result.times.resume_ms,
             total_ms=(self._clock() - arrived) * 1000.0,
         )
+
+
+def _holds(prepared: _Prepared | None, digest: bytes, check_finite: bool) -> bool:
+    """Whether that much was prepared already."""
+    return prepared is not None and prepared.digest == digest and (prepared.checked_finite or not check_finite)
+
+
+def _mode(order: pb.ApplyImage, *, clears_caches: bool) -> PauseMode:
+    """As ordered; but where the KV cache is cleared, nothing in flight can go on with what it computed."""
+    mode = _MODES.get(order.inflight, "recompute")
+    return "recompute" if mode == "keep" and clears_caches else mode
 
 
 def _paused_ms(window: update_pb2.WindowTimes) -> float:

@@ -174,8 +174,11 @@ class Window:
         return ""
 
     async def _write(self) -> list[Status]:
-        method, args = ("hotweights_apply", (self._order.folder,)) if self._order.folder else ("hotweights_undo", ())
-        return await call_ranks(self._engine, method, self._order.apply_deadline_s, *args)
+        deadline_s = self._order.apply_deadline_s
+        if self._order.folder:
+            return await call_ranks(self._engine, "hotweights_apply", deadline_s, self._order.folder)
+        # The engine ran on the version that it leaves: its KV cache may hold what outlives the weights.
+        return await call_ranks(self._engine, "hotweights_undo", deadline_s, {"clear_caches": True})
 
     def _unexpected(self, answers: list[Status]) -> str:
         """Why what is installed is not what was ordered, as far as that is known; or empty."""
@@ -202,7 +205,9 @@ class Window:
             raise Unproven(f"going back failed, and there is no way back from that: {failed}")
         if self._order.no_way_back:
             raise Unproven(f"{self._order.no_way_back}: {failed}")
-        answers = await call_ranks(self._engine, "hotweights_undo", self._order.apply_deadline_s)
+        answers = await call_ranks(
+            self._engine, "hotweights_undo", self._order.apply_deadline_s, {"clear_caches": False}
+        )
         if failed := refusals(answers):
             raise Unproven(f"the undo failed: {failed}")
         if fingerprints(answers) != self._before:
