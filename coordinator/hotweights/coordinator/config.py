@@ -8,6 +8,7 @@ from pathlib import Path
 import platformdirs
 
 from hotweights.wire.endpoint import Endpoint, parse_endpoint
+from hotweights.wire.failpoints import BadFailpoint, parse_failpoints
 
 
 class BadSetting(ValueError):
@@ -26,6 +27,7 @@ class Config:
     heartbeat_s: float = 5.0
     lease_s: float = 15.0
     stop_grace_s: float = 5.0
+    failpoints: str = ""
 
     def check(self) -> None:
         """Raises BadSetting for what would not be safe or would not work."""
@@ -38,6 +40,10 @@ class Config:
             raise BadSetting("--keep-versions is 0 or more, --keep-events 1 or more")
         if not 0 < self.heartbeat_s * 2 <= self.lease_s <= 3600:
             raise BadSetting("--lease is at least two heartbeats and at most 3600 seconds")
+        try:
+            parse_failpoints(self.failpoints)
+        except BadFailpoint as error:
+            raise BadSetting(f"HOTWEIGHTS_FAILPOINTS: {error}") from error
 
 
 def default_store(environ: Mapping[str, str] | None = None) -> str:
@@ -53,11 +59,18 @@ def default_endpoint(environ: Mapping[str, str] | None = None) -> str:
     return env.get("HOTWEIGHTS_ENDPOINT") or env.get("HOTWEIGHTS_COORD") or "tcp://127.0.0.1:5555"
 
 
+def default_failpoints(environ: Mapping[str, str] | None = None) -> str:
+    """HOTWEIGHTS_FAILPOINTS, as the worker side reads it."""
+    env = os.environ if environ is None else environ
+    return env.get("HOTWEIGHTS_FAILPOINTS", "")
+
+
 def load_config(endpoint: str | None = None, store: str | None = None, **settings: float | bool) -> Config:
     """Settings given as arguments win over the environment. Raises BadSetting or BadEndpoint."""
     config = Config(
         endpoint=parse_endpoint(endpoint or default_endpoint()),
         store=store or default_store(),
+        failpoints=default_failpoints(),
         **settings,  # type: ignore[arg-type]
     )
     config.check()

@@ -24,6 +24,7 @@ from hotweights.coordinator.rules import orders as o
 from hotweights.coordinator.rules.state import Limits
 from hotweights.coordinator.service.convert import event_message
 from hotweights.coordinator.store import Store, StoreBroken, WriteRefused
+from hotweights.wire import failpoints
 from hotweights.wire.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -231,7 +232,9 @@ class Runtime:
         until = self.now() + ANSWER_KEPT_S
         batch.answers = {key: (until, payload) for key, payload in fresh.items()}
         if batch:
+            failpoints.hit("store.save.before")
             await self._store.write(batch)
+            failpoints.hit("store.save.after")
         self.state = state
         self._held_back.extend(rest)
         await self._adopt_log(entries)

@@ -22,6 +22,7 @@ from hotweights.v1 import (
     worker_service_pb2,
     worker_service_pb2_grpc,
 )
+from hotweights.wire import failpoints
 from hotweights.wire.channel import server_options
 from hotweights.wire.endpoint import Endpoint
 
@@ -100,6 +101,7 @@ def software_version() -> str:
 
 async def serve(config: Config, on_started: Callable[[Endpoint], None] = lambda _: None) -> None:
     """Runs until SIGTERM or SIGINT, or until the store or the leader fails. Raises StoreError, CannotBind."""
+    failpoints.arm(config.failpoints)
     coordinator = Coordinator(config)
     loop, stops = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -93,13 +93,17 @@ def _coordinator_rows() -> list[Row]:
     from hotweights.wire.endpoint import parse_endpoint
 
     try:
-        from hotweights.coordinator.config import Config, default_endpoint, default_store
+        from hotweights.coordinator.config import Config, default_endpoint, default_failpoints, default_store
     except ModuleNotFoundError as error:
         if error.name != "platformdirs":
             raise
         return []
     environ = environment()
-    config = Config(endpoint=parse_endpoint(default_endpoint(environ)), store=default_store(environ))
+    config = Config(
+        endpoint=parse_endpoint(default_endpoint(environ)),
+        store=default_store(environ),
+        failpoints=default_failpoints(environ),
+    )
     meanings = {
         "endpoint": ("--endpoint", _source(environ, "HOTWEIGHTS_ENDPOINT"), "where it listens"),
         "store": ("--store", _source(environ, "HOTWEIGHTS_STORE"), "sqlite:PATH, or memory: for play"),
@@ -109,6 +113,11 @@ def _coordinator_rows() -> list[Row]:
         "heartbeat_s": ("--heartbeat", "default", "seconds between two signs of life of a member"),
         "lease_s": ("--lease", "default", "seconds; a member not heard from for as long counts as gone"),
         "stop_grace_s": ("stop_grace_s", "fixed", "seconds that calls are given when it stops"),
+        "failpoints": (
+            "HOTWEIGHTS_FAILPOINTS",
+            _source(environ, "HOTWEIGHTS_FAILPOINTS"),
+            "for tests: failures to inject",
+        ),
     }
     rows = []
     for name in (item.name for item in dataclasses.fields(Config)):

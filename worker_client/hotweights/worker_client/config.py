@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hotweights.wire.endpoint import Endpoint, parse_endpoint
+from hotweights.wire.failpoints import BadFailpoint, parse_failpoints
 
 
 class BadSetting(ValueError):
@@ -50,7 +51,7 @@ SETTINGS = (
     Setting("HOTWEIGHTS_ADOPT_CLUSTER", "0", "1 follows a coordinator whose store was replaced"),
     Setting("HOTWEIGHTS_ROUTE", "auto", "auto, assembled or reload: how weights get into an engine"),
     Setting("HOTWEIGHTS_TORN", "end", "end or stay: what becomes of a server whose engine is in doubt"),
-    Setting("HOTWEIGHTS_FAILPOINTS", "", "for tests: failures to inject"),
+    Setting("HOTWEIGHTS_FAILPOINTS", "", "for tests: failures to inject; `hotweights failpoints` lists them"),
 )
 
 _TRUE = {"1", "true", "yes", "on"}
@@ -148,6 +149,14 @@ def _torn(text: str) -> str:
     return text
 
 
+def _failpoints(text: str) -> str:
+    try:
+        parse_failpoints(text)
+    except BadFailpoint as error:
+        raise BadSetting("HOTWEIGHTS_FAILPOINTS", text, str(error)) from error
+    return text
+
+
 def _default_stage() -> Path:
     """Shared memory where there is some; a folder of the user's own elsewhere (macOS)."""
     user = os.getuid()
@@ -191,5 +200,5 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         adopt_cluster=env.get("HOTWEIGHTS_ADOPT_CLUSTER", "").lower() in _TRUE,
         route=_route(env.get("HOTWEIGHTS_ROUTE") or "auto"),
         torn=_torn(env.get("HOTWEIGHTS_TORN") or "end"),
-        failpoints=env.get("HOTWEIGHTS_FAILPOINTS", ""),
+        failpoints=_failpoints(env.get("HOTWEIGHTS_FAILPOINTS", "")),
     )

@@ -18,6 +18,7 @@ import grpc
 from hotweights.v1 import agent_service_pb2 as pb
 from hotweights.v1 import coordinator_service_pb2, model_pb2
 from hotweights.v1 import worker_service_pb2 as worker_pb
+from hotweights.wire import failpoints
 from hotweights.wire.errors import Refused
 from hotweights.worker_client.agent.coordinator import Coordinator
 from hotweights.worker_client.agent.data import DataPort
@@ -104,6 +105,7 @@ class Agent:
                 "NO_COORDINATOR",
                 "this node's agent has no coordinator; set HOTWEIGHTS_ENDPOINT and restart it",
             )
+        failpoints.hit("publish.hashed")
         known.image.check_unchanged()
         # Served before it is declared: whoever hears of the version finds a holder.
         self._holdings_changed()
@@ -118,6 +120,7 @@ class Agent:
             ),
             known.image.blob,
         )
+        failpoints.hit("publish.declared")
         self.folders.publish_as(known, request.model, request.version)
         self._holdings_changed()
         log.info("%s is published as %s/%s", known.folder, version.model, version.name)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from hotweights.v1 import worker_service_pb2
+from hotweights.wire import failpoints
 from hotweights.worker_client.agent.data import connect
 from hotweights.worker_client.agent.folders import Folders
 from hotweights.worker_client.agent.work import Work
@@ -112,6 +113,7 @@ class Images:
         await self.settled(digest)
         if digest in self.stage.held():
             return
+        failpoints.hit("stage.begin")
         blob = await self._find_manifest(digest, sources)
         reserved: list[tuple[Partial, bool]] = []  # filled even when we are cancelled meanwhile
         try:

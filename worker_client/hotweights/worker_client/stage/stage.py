@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hotweights.v1 import manifest_pb2
+from hotweights.wire import failpoints
 from hotweights.worker_client.image.digests import digest_of
 from hotweights.worker_client.image.errors import BadImage
 from hotweights.worker_client.image.manifest import parse_manifest
@@ -205,7 +206,9 @@ class Stage:
                 path.unlink()
         with self._lock:
             folder = self.root / partial.digest.hex()
+            failpoints.hit("stage.rename.before")
             partial.folder.replace(folder)
+            failpoints.hit("stage.rename.after")
             del self._filling[partial.digest]
             self._held[partial.digest] = partial.manifest
             return folder
