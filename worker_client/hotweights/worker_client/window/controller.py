@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from hotweights.v1 import fleet_pb2, model_pb2, update_pb2
 from hotweights.v1 import worker_service_pb2 as pb
+from hotweights.wire import failpoints
 from hotweights.wire.errors import HotweightsError
 from hotweights.worker_client.window.engine import Engine, EngineFailed, PauseMode
 from hotweights.worker_client.window.identify import FAILED, Images, Processes, fingerprint, identify_folder, meet
@@ -261,6 +262,7 @@ class ReplicaController:
                     await self._do_prepare(order.prepare, report)
                 case "apply":
                     await self._do_apply(taken, report)
+                    failpoints.hit("window.report")
                 case _:
                     await self._do_end()
                     continue
