@@ -27,6 +27,7 @@ from hotweights.worker_client.agent.images import Images
 from hotweights.worker_client.agent.orders import Orders
 from hotweights.worker_client.config import Config
 from hotweights.worker_client.session import Session
+from hotweights.worker_client.stage.errors import ImageAltered
 from hotweights.worker_client.stage.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -127,10 +128,15 @@ class Agent:
         return version
 
     async def map_image(self, digest: bytes, client_id: str) -> Path:
-        """Raises NotStaged, and Refused without a client's id."""
+        """Raises NotStaged, ImageAltered, and Refused without a client's id."""
         _require_client(client_id)
         await self.images.settled(digest)
-        return await asyncio.to_thread(self.stage.map, digest, client_id)
+        try:
+            return await asyncio.to_thread(self.stage.map, digest, client_id)
+        except ImageAltered as error:
+            log.error("%s", error.message)
+            self._holdings_changed()
+            raise
 
     async def release_image(self, digest: bytes, client_id: str) -> None:
         """Raises Refused for a client that does not map the image."""

@@ -111,7 +111,7 @@ class Images:
         if before is not None:  # called off, and still letting go of the image
             await asyncio.wait({before})
         await self.settled(digest)
-        if digest in self.stage.held():
+        if await asyncio.to_thread(self.stage.is_whole, digest):
             return
         failpoints.hit("stage.begin")
         blob = await self._find_manifest(digest, sources)
