@@ -201,4 +201,6 @@ class ReplicaUndrained(Event):
 
 @dataclass(frozen=True)
 class Ticked(Event):
-    """Time passed."""
+    """Time passed; for `overslept_s` of it the leader itself did not run, which is held against nobody."""
+
+    overslept_s: float = 0.0

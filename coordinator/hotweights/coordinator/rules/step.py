@@ -35,10 +35,7 @@ def step(state: State, event: e.Event) -> tuple[State, tuple[Order, ...]]:
         case e.ReplicaUndrained():
             catalogue.undrained(turn, event)
         case e.Ticked():
-            fleet.expire_leases(turn)
-            fleet.forget_the_lost(turn)
-            for model in state.models:
-                turn.touch(model)
+            fleet.time_passed(turn, event)
         case _:
             raise TypeError(f"no rule for {type(event).__name__}")
     _settle(turn)
