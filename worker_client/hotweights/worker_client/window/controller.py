@@ -305,7 +305,9 @@ class ReplicaController:
             if failed := refusals(answers):
                 raise PrepareRefused(failed)
             before = await self._poll_prepared(ends, deadline_s)
-        except (PrepareRefused, Unanswered):
+            # Asked again: what the ranks have read by now is what was verified, or the agent says that it is not.
+            await within(deadline_s, "the agent", agent.map_image(digest, self._identity.replica_id))
+        except (PrepareRefused, HotweightsError, Unanswered):
             await self._unmap()
             raise
         if self.active_digest and not self.fingerprints:
