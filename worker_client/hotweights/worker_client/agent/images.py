@@ -114,6 +114,8 @@ class Images:
         if await asyncio.to_thread(self.stage.is_whole, digest):
             return
         failpoints.hit("stage.begin")
+        if not sources:  # what a former agent served is not known again at once: it is hashed first
+            await self._folders.recalled(digest)
         blob = await self._find_manifest(digest, sources)
         reserved: list[tuple[Partial, bool]] = []  # filled even when we are cancelled meanwhile
         try:
