@@ -1,5 +1,10 @@
 """For all tests: the recorder of faults."""
 
-from tests.faults_recorder import fault_row, pytest_addoption, pytest_runtest_makereport
+from tests.faults_recorder import (
+    fault_row,
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_runtest_makereport,
+)
 
-__all__ = ["fault_row", "pytest_addoption", "pytest_runtest_makereport"]
+__all__ = ["fault_row", "pytest_addoption", "pytest_collection_modifyitems", "pytest_runtest_makereport"]
