@@ -59,7 +59,7 @@ FAULTS = (
     Fault(
         "agent-killed-publishing",
         "agent killed while it publishes a folder",
-        "the publisher is told, nothing is half-published; the same command again publishes",
+        "nothing is half-published; the publisher waits for the agent and publishes, or says so and can be run again",
     ),
     Fault(
         "agent-killed-staging",
@@ -114,7 +114,8 @@ FAULTS = (
     Fault(
         "image-altered",
         "a staged image altered on disk after it was verified",
-        "never installed: refused by name, the update is ABORTED; the next one fetches the bytes anew and works",
+        "never installed: refused by name, the update is ABORTED, or ROLLED_BACK where GO was out; the next one "
+        "fetches the bytes anew and works",
     ),
     Fault(
         "folder-rewritten-publishing",
