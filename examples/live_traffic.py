@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 REQUEST_DEADLINE_S = 120.0
+RETRY_S = 0.5
 
 
 @dataclass
@@ -78,3 +79,4 @@ class Traffic:
                     self.seen.failures.append("a stream ended without a token")
             except OpenAIError as error:
                 self.seen.failures.append(f"{type(error).__name__}: {error}")
+                await asyncio.sleep(RETRY_S)  # a server that is gone is not asked as fast as it refuses

@@ -1,7 +1,15 @@
-"""For all tests: what fresh engines answer, asked once a session."""
+"""For all tests: what fresh engines answer, asked once a session, and the recorder of faults."""
 
 import pytest
+from tests.faults_recorder import (
+    fault_row,
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_runtest_makereport,
+)
 from tests.oracles import Oracles
+
+__all__ = ["fault_row", "pytest_addoption", "pytest_collection_modifyitems", "pytest_runtest_makereport"]
 
 
 @pytest.fixture(scope="session")

@@ -281,6 +281,18 @@ async def test_a_refusal_names_nothing_that_is_not_durable(plant: Plant) -> None
     assert not plant.runtime.state.updates
 
 
+async def test_a_leader_notices_that_it_did_not_run(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    led_at = plant.runtime.state.led_at
+    await plant.ask(plant.start())
+    assert plant.runtime.state.led_at == led_at
+    monkeypatch.setattr(runtime_module, "TICK_S", 0.0)
+    monkeypatch.setattr(runtime_module, "OVERSLEPT_S", 0.1)
+    await asyncio.sleep(0.2)
+    await plant.runtime.put(e.Beat(plant.now(), "r", "s-r"))
+    await until(lambda: plant.runtime.state.led_at > led_at)
+    assert plant.runtime.state.nodes["n"].lease_until >= plant.runtime.state.led_at + Limits().lease_s
+
+
 async def test_stopping_refuses_whoever_waits(plant: Plant) -> None:
     plant.store.gate.clear()
     asking = [asyncio.create_task(plant.ask(plant.start())) for _ in range(2)]

@@ -11,7 +11,9 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from faults import Watch  # noqa: E402
 from fleet import MODEL, PROMPTS_CHECKED, Fleet  # noqa: E402
+from tests.faults_recorder import FaultRow  # noqa: E402
 from tests.oracles import Oracles, Recipe, clear_prompts  # noqa: E402
 
 V1, V2 = Recipe(1, "small"), Recipe(2, "small")
@@ -63,8 +65,19 @@ def fleet(running: Fleet, oracles: dict[str, Any]) -> Iterator[Fleet]:
     """The fleet serving v1, with no failure injected; each test may leave it on another version."""
     running.prompts = oracles["v1"]["prompts"]
     running.inject("")
+    running.fail_at("")
     if running.outputs() != oracles["v1"]["outputs"]:
         running.json("update", "v1")
     assert running.outputs() == oracles["v1"]["outputs"]
     yield running
     running.inject("")
+    running.fail_at("")
+
+
+@pytest.fixture
+def watch(fleet: Fleet, fault_row: FaultRow) -> Iterator[Watch]:
+    """Clients that stream from the fleet while a fault is injected."""
+    watch = Watch(fleet, fault_row)
+    watch.traffic.start()
+    yield watch
+    watch.traffic.stop()

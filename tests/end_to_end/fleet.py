@@ -18,6 +18,9 @@ sys.path.insert(0, str(EXAMPLES))
 
 from live_processes import answers, free_port  # noqa: E402
 from oracle import MAX_TOKENS  # noqa: E402
+from tests.agents import end_agent  # noqa: E402
+
+from hotweights.worker_client.config import load_config  # noqa: E402
 
 ENGINE_DEADLINE_S = 280.0
 WAIT_S = 60.0
@@ -47,6 +50,12 @@ def server_arguments(model: str, checkpoint: Path, port: int) -> list[str]:
     # fmt: on
 
 
+def await_stopped(pid: int) -> None:
+    """Until a process is stopped (SIGSTOP)."""
+    stat = Path(f"/proc/{pid}/stat")
+    wait_for(f"process {pid} stopped", lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+
+
 class Fleet:
     """What a test drives; every process is ended by its id."""
 
@@ -68,6 +77,7 @@ class Fleet:
             "HOTWEIGHTS_STAGE_DIR": str(self.stage),
             "HOTWEIGHTS_AGENT_SOCKET": str(self.stage / "agent.sock"),
             "HOTWEIGHTS_BUCKET_BYTES": "65536",
+            "HOTWEIGHTS_FAILPOINTS": f"@{folder / 'failpoints'}",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_SERVER_DEV_MODE": "1",
             "HF_HUB_OFFLINE": "1",
@@ -86,15 +96,17 @@ class Fleet:
         )
         log.close()
 
-    def start_coordinator(self) -> None:
-        store = f"sqlite:{self.folder / 'coordinator.db'}"
-        self.start("coordinator", ["hotweights.cli", "coord-serve", "--endpoint", self.endpoint, "--store", store])
+    def start_coordinator(self, *options: str, store: Path | None = None) -> None:
+        kept = f"sqlite:{store or self.folder / 'coordinator.db'}"
+        serve = ["hotweights.cli", "coord-serve", "--endpoint", self.endpoint, "--store", kept]
+        self.start("coordinator", [*serve, *options])
         wait_for("the coordinator", self._coordinator_answers)
 
     def _coordinator_answers(self) -> bool:
         return self.command("coord-status", "--json").returncode == 0
 
     def start_agent(self) -> None:
+        end_agent(load_config(self.environment))  # the engine starts one itself when it misses it
         self.start("agent", ["hotweights.cli", "agent"])
         wait_for("the agent", lambda: any(n.get("connected") for n in self.status().get("nodes", [])))
 
@@ -123,6 +135,29 @@ class Fleet:
         """The coordinator's database with its write-ahead log."""
         return sum(path.stat().st_size for path in self.folder.glob("coordinator.db*")) / (1 << 20)
 
+    def send(self, name: str, number: signal.Signals) -> None:
+        """A signal to one process, not to its children."""
+        self._running[name].send_signal(number)
+
+    def runs(self, name: str) -> bool:
+        return self._running[name].poll() is None
+
+    def await_end(self, name: str, deadline_s: float = WAIT_S) -> int:
+        """The exit code of a process that ends by itself, or by a failpoint; negative for a signal."""
+        code = self._running[name].wait(deadline_s)
+        del self._running[name]
+        return code
+
+    def await_stop(self, name: str) -> None:
+        """Until a process has stopped itself (SIGSTOP)."""
+        await_stopped(self._running[name].pid)
+
+    def fail_at(self, failpoints: str) -> None:
+        """Sets failpoints of the coordinator, the agent and the controller, which follow the file."""
+        fresh = self.folder / "failpoints.new"
+        fresh.write_text(failpoints)
+        fresh.replace(self.folder / "failpoints")
+
     def close(self) -> None:
         for process in self._running.values():
             process.terminate()
@@ -134,6 +169,16 @@ class Fleet:
             process.wait(WAIT_S)
 
     # Asking.
+
+    def begin(self, *arguments: str) -> "subprocess.Popen[str]":
+        """A command that is not waited for."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "hotweights.cli", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=self.environment,
+        )
 
     def command(self, *arguments: str, deadline_s: float = WAIT_S) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(

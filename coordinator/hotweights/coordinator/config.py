@@ -8,6 +8,7 @@ from pathlib import Path
 import platformdirs
 
 from hotweights.wire.endpoint import Endpoint, parse_endpoint
+from hotweights.wire.failpoints import BadFailpoint, parse_failpoints
 
 
 class BadSetting(ValueError):
@@ -30,6 +31,7 @@ class Config:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     client_ca: Path | None = None
+    failpoints: str = ""
 
     def check(self) -> None:
         """Raises BadSetting for what would not be safe or would not work."""
@@ -43,6 +45,10 @@ class Config:
             raise BadSetting("--keep-versions is 0 or more, --keep-events 1 or more")
         if not 0 < self.heartbeat_s * 2 <= self.lease_s <= 3600:
             raise BadSetting("--lease is at least two heartbeats and at most 3600 seconds")
+        try:
+            parse_failpoints(self.failpoints)
+        except BadFailpoint as error:
+            raise BadSetting(f"HOTWEIGHTS_FAILPOINTS: {error}") from error
 
     def _check_tls(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -67,6 +73,12 @@ def default_endpoint(environ: Mapping[str, str] | None = None) -> str:
     """HOTWEIGHTS_ENDPOINT or HOTWEIGHTS_COORD, or loopback."""
     env = os.environ if environ is None else environ
     return env.get("HOTWEIGHTS_ENDPOINT") or env.get("HOTWEIGHTS_COORD") or "tcp://127.0.0.1:5555"
+
+
+def default_failpoints(environ: Mapping[str, str] | None = None) -> str:
+    """HOTWEIGHTS_FAILPOINTS, as the worker side reads it."""
+    env = os.environ if environ is None else environ
+    return env.get("HOTWEIGHTS_FAILPOINTS", "")
 
 
 def default_tokens(environ: Mapping[str, str] | None = None) -> str:
@@ -102,6 +114,7 @@ def load_config(
         tls_cert=tls_cert or default_file("HOTWEIGHTS_TLS_CERT"),
         tls_key=tls_key or default_file("HOTWEIGHTS_TLS_KEY"),
         client_ca=client_ca or default_file("HOTWEIGHTS_CLIENT_CA"),
+        failpoints=default_failpoints(),
         **settings,  # type: ignore[arg-type]
     )
     config.check()

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import anyio
 import grpc
@@ -24,6 +24,7 @@ from hotweights.coordinator.rules import orders as o
 from hotweights.coordinator.rules.state import Limits
 from hotweights.coordinator.service.convert import event_message
 from hotweights.coordinator.store import Store, StoreBroken, WriteRefused
+from hotweights.wire import failpoints
 from hotweights.wire.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 INBOX_MAX = 65_536
 BATCH_MAX = 512
 TICK_S = 0.5
+# A leader that looks this much later than its ticks come was stopped, or its machine was.
+OVERSLEPT_S = 2.0
 STORE_RETRY_S = 1.0
 ANSWER_KEPT_S = 86_400.0
 RECENT_EVENTS = 100
@@ -176,8 +179,13 @@ class Runtime:
             await self.put(e.Ticked(self.now()))
 
     async def _lead(self) -> None:
+        looked_at = time.monotonic()
         while True:
             items = await self._next_batch()
+            gap_s, looked_at = time.monotonic() - looked_at, time.monotonic()
+            if gap_s > TICK_S + OVERSLEPT_S:
+                log.warning("this coordinator did not run for %.1f s: leases and deadlines begin anew", gap_s)
+                items.insert(0, Item(e.Ticked(self.now(), gap_s)))
             try:
                 await self._work(items)
             except asyncio.CancelledError:
@@ -239,7 +247,9 @@ class Runtime:
         until = self.now() + ANSWER_KEPT_S
         batch.answers = {key: (until, payload) for key, payload in fresh.items()}
         if batch:
+            failpoints.hit("store.save.before")
             await self._store.write(batch)
+            failpoints.hit("store.save.after")
         self.state = state
         self._held_back.extend(rest)
         await self._adopt_log(entries)
@@ -290,7 +300,12 @@ class Runtime:
         )
         for item in items:
             _refuse(item, refusal)
-        waiting = [i for i in items if i.asked is None and not isinstance(i.event, e.Ticked | e.CallRefused)]
+        tick = e.Ticked(0.0)
+        waiting = [
+            i
+            for i in items
+            if i.asked is None and not isinstance(i.event, e.CallRefused) and replace(i.event, now=0.0) != tick
+        ]
         self._held_back.extend(waiting)
         await asyncio.sleep(STORE_RETRY_S)
 

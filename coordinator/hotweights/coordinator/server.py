@@ -27,6 +27,7 @@ from hotweights.v1 import (
     worker_service_pb2,
     worker_service_pb2_grpc,
 )
+from hotweights.wire import failpoints
 from hotweights.wire.channel import server_options
 from hotweights.wire.endpoint import Endpoint
 
@@ -131,6 +132,7 @@ async def serve(config: Config, on_started: Callable[[Endpoint], None] = lambda 
 
     Raises BadCertificate, StoreError, CannotBind.
     """
+    failpoints.arm(config.failpoints)
     coordinator = Coordinator(config)
     loop, stops = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

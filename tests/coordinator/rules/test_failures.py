@@ -211,6 +211,41 @@ def test_a_replica_back_within_its_lease_is_no_loss() -> None:
     assert bench.phase() is Phase.COMMITTED
 
 
+def test_a_leader_that_was_stopped_holds_the_time_against_nobody() -> None:
+    bench = committed_fleet(2)
+    bench.start("v2")
+    bench.stage_all()
+    bench.now += 5000
+    bench.do(e.Ticked(bench.now, overslept_s=5000.0))
+    bench.leaves("r1")  # its stream broke meanwhile; it tries again every few seconds
+    assert not bench.drops
+    bench.wait(10)
+    assert bench.phase() is Phase.STAGING
+    bench.replica("r1", "n1")
+    bench.obey()
+    assert bench.phase() is Phase.COMMITTED
+
+
+def test_a_go_that_is_out_keeps_its_time_when_the_leader_was_stopped() -> None:
+    bench = ready(2)
+    bench.now += 5000
+    bench.do(e.Ticked(bench.now, overslept_s=5000.0))
+    bench.wait(60)
+    assert bench.phase() is Phase.APPLYING
+    bench.obey()
+    assert bench.phase() is Phase.COMMITTED
+
+
+def test_who_stays_away_after_the_leader_was_stopped_is_lost_as_ever() -> None:
+    bench = committed_fleet(2)
+    bench.start("v2")
+    bench.now += 5000
+    bench.do(e.Ticked(bench.now, overslept_s=5000.0))
+    bench.leaves("r1")
+    bench.wait(20)
+    assert (bench.phase(), bench.outcomes()["r1"]) == (Phase.ABORTED, Outcome.FAILED)
+
+
 def test_a_replica_that_is_silent_after_go_is_taken_back_and_never_taken_for_untouched() -> None:
     bench = ready(3)
     bench.apply("r0")

@@ -3,8 +3,10 @@
 import asyncio
 import os
 import stat
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -17,10 +19,11 @@ from hotweights.v1 import worker_service_pb2
 from hotweights.wire.channel import open_channel
 from hotweights.wire.endpoint import Endpoint
 from hotweights.wire.errors import Refused, Unreachable
+from hotweights.worker_client.agent import folders
 from hotweights.worker_client.agent.locks import AgentRuns
 from hotweights.worker_client.agent.process import serve_agent
 from hotweights.worker_client.agent_client import connect_or_start
-from hotweights.worker_client.image.manifest import build_manifest
+from hotweights.worker_client.image.manifest import Image, build_manifest
 from hotweights.worker_client.stage.errors import StageTaken
 
 
@@ -247,6 +250,25 @@ async def test_an_agent_that_restarts_serves_again_what_did_not_change(
         assert [(folder.version, folder.manifest_digest) for folder in status.folders] == [("v1", first)]
         assert [image.manifest_digest for image in status.images] == [second], "its staged copy is as it was"
         await agent.map_image(second, "replica-0")
+
+
+async def test_an_agent_that_restarts_stages_from_a_folder_it_is_still_hashing_again(
+    home: Path, coordinator: SmallCoordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = a_config(home, "a", coordinator.endpoint)
+    async with agent_of(config) as agent:
+        published = [
+            await agent.publish_folder(make_folder(home / name, seed=seed), "m", name)
+            for seed, name in enumerate(("v1", "v2", "v3"), start=1)
+        ]
+
+    def slow(folder: Path, **more: Any) -> Image:
+        time.sleep(0.3)
+        return build_manifest(folder, **more)
+
+    monkeypatch.setattr(folders, "build_manifest", slow)
+    async with agent_of(config) as agent:
+        await agent.stage(published[2].manifest_digest)
 
 
 async def test_a_second_agent_is_refused_by_the_socket_and_by_the_stage(home: Path) -> None:

@@ -17,7 +17,7 @@ from hotweights.worker_client.image.errors import BadImage, FolderChanged
 from hotweights.worker_client.image.manifest import Image
 from hotweights.worker_client.stage import pins
 from hotweights.worker_client.stage.copy import copy_folder
-from hotweights.worker_client.stage.errors import NotStaged, StageFull, StageTaken, StageUnsafe
+from hotweights.worker_client.stage.errors import ImageAltered, NotStaged, StageFull, StageTaken, StageUnsafe
 from hotweights.worker_client.stage.stage import Stage
 
 
@@ -170,6 +170,42 @@ def test_a_release_lets_the_image_go_at_the_next_staging_and_not_before(stage: S
     assert images[0].digest in stage.held()
     put(stage, images[2])
     assert stage.held() == [images[1].digest, images[2].digest]
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["fresh", "after a restart"])
+def test_an_image_that_was_written_to_after_it_was_verified_is_not_mapped(
+    stage: Stage, tmp_path: Path, restarted: bool
+) -> None:
+    image = make_image(tmp_path / "v1")
+    folder = put(stage, image)
+    if restarted:
+        stage.close()
+        (found,) = stage.open()
+        assert stage.verify(found)
+    file = next(folder.glob("*.safetensors"))
+    before = file.stat()
+    touch_bytes(file, 1000)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # the change time tells all the same
+    assert not stage.is_whole(image.digest)
+    with pytest.raises(NotStaged):
+        stage.map(image.digest, "replica")
+    assert stage.held() == []
+    partial, resumed = stage.reserve(image.digest, image.blob)
+    assert resumed
+    partial.scan()
+    assert len(partial.missing) == 1, "only what was altered is fetched again"
+    copy_folder(partial, image, no_progress)
+    assert contents(stage.finish(partial)) == contents(image.folder)
+
+
+def test_whoever_maps_an_altered_image_is_told_which_file(stage: Stage, tmp_path: Path) -> None:
+    image = make_image(tmp_path / "v1")
+    file = next(put(stage, image).glob("*.safetensors"))
+    assert stage.is_whole(image.digest)
+    touch_bytes(file, 1000)
+    with pytest.raises(ImageAltered, match=file.name):
+        stage.map(image.digest, "replica")
+    assert stage.held() == []
 
 
 def test_the_pin_of_a_client_that_was_killed_goes_after_its_grace(stage: Stage, tmp_path: Path) -> None:

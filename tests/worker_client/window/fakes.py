@@ -5,7 +5,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from hotweights.v1 import worker_service_pb2 as pb
+from hotweights.wire.errors import Refused
 from hotweights.worker_client.window.engine import EngineFacts, EngineFailed, PauseMode, Process, Status
 
 
@@ -164,6 +167,7 @@ class FakeAgent:
     def __init__(self) -> None:
         self.held: set[bytes] = set()
         self.mapped: list[bytes] = []
+        self.altered_once_mapped: set[bytes] = set()
         self.folders: dict[bytes, Path] = {}
         self.closed = False
 
@@ -173,7 +177,10 @@ class FakeAgent:
     async def map_image(self, digest: bytes, client_id: str) -> Path:
         if digest not in self.held:
             raise OSError(f"image {digest.decode()} is not staged")
-        self.mapped.append(digest)
+        if digest in self.altered_once_mapped and digest in self.mapped:
+            raise Refused(grpc.StatusCode.FAILED_PRECONDITION, "IMAGE_ALTERED", f"image {digest.decode()} was altered")
+        if digest not in self.mapped:
+            self.mapped.append(digest)
         return self.folders.get(digest, Path("/stage") / digest.decode())
 
     async def release_image(self, digest: bytes, client_id: str) -> None:

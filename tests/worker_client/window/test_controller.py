@@ -145,6 +145,14 @@ async def test_an_image_that_does_not_fit_is_refused_before_the_pause(bench: Ben
     assert bench.agent.mapped == []
 
 
+async def test_an_image_that_is_altered_while_the_ranks_read_it_is_refused_and_let_go(bench: Bench) -> None:
+    bench.agent.altered_once_mapped = {V2}
+    failed = (await bench.prepare(V2)).prepare_failed
+    assert "was altered" in failed.reason
+    assert bench.agent.mapped == []
+    assert bench.engine.prepared == ""
+
+
 async def test_an_image_the_agent_has_not_is_refused(bench: Bench) -> None:
     report = await bench.prepare(b"unknown")
     assert "not staged" in report.prepare_failed.reason

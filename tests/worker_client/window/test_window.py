@@ -7,6 +7,8 @@ import time
 import pytest
 from tests.worker_client.window.fakes import FakeEngine, fails, hangs, refuses
 
+from hotweights.wire import failpoints
+from hotweights.wire.failpoints import Injected
 from hotweights.worker_client.window import window as window_module
 from hotweights.worker_client.window.engine import PauseMode, Process
 from hotweights.worker_client.window.window import Outcome, WindowOrder, WindowResult, run_window
@@ -231,3 +233,16 @@ async def test_without_a_way_back_a_failed_apply_tears_the_replica() -> None:
     assert result.outcome is Outcome.TORN
     assert result.reason == "its weights were discarded: rank 1: broken"
     assert "undo" not in engine.calls
+
+
+@pytest.mark.parametrize("place", ["window.paused", "window.written"])
+async def test_a_bug_in_the_pause_ends_the_engine_that_nobody_would_resume(place: str) -> None:
+    engine = FakeEngine()
+    failpoints.arm(f"{place}:raise")
+    try:
+        with pytest.raises(Injected):
+            await opened(engine)
+    finally:
+        failpoints.arm("")
+    assert engine.paused
+    assert "a bug in the window" in engine.killed

@@ -9,6 +9,7 @@ that writes into what it was given spoils neither the image nor, as a read-only 
 import json
 import math
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,7 @@ class MappedImage:
         self.folder = folder
         self.specs: dict[str, TensorSpec] = {}
         self._maps: list[mmap.mmap] = []
+        self._stamps: dict[Path, tuple[int, int, int]] = {}
         self._tensors: dict[str, torch.Tensor] = {}
         for path in _weight_files(folder):
             self._map_file(path, name_map)
@@ -163,6 +165,7 @@ class MappedImage:
         places = _header(path)
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._stamps[path] = _stamp(os.fstat(file.fileno()))
         self._maps.append(mapped)
         for original, place in places.items():
             name = renamed(original, name_map)
@@ -191,6 +194,12 @@ class MappedImage:
                 for at in range(0, len(mapped), mmap.PAGESIZE):
                     mapped[at]
 
+    def check_unaltered(self) -> None:
+        """Raises BadImage when somebody wrote to a file since it was mapped, or put another in its place."""
+        for path, stamp in self._stamps.items():
+            if not path.exists() or _stamp(path.stat()) != stamp:
+                raise BadImage(f"{path.name} was altered after it was mapped")
+
     def close(self) -> bool:
         """Unmaps. False when something still holds a tensor of it: the files must then stay."""
         self._tensors.clear()
@@ -202,6 +211,10 @@ class MappedImage:
                 remaining.append(mapped)
         self._maps = remaining
         return not remaining
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_ctime_ns
 
 
 def _tensor_at(mapped: mmap.mmap, name: str, place: _Place) -> torch.Tensor:

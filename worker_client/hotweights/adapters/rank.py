@@ -233,6 +233,7 @@ class Rank:
         if not update.route.keep():
             raise RankRefused(f"{folder} was given back after it was applied; prepare it again")
         update.copies.check_current(self.model)
+        update.image.check_unaltered()
         self._fingerprint = None  # one that is being computed would mix old and new
         update.snapshot, update.specs_before = Snapshot(self.model), self._served
         points = _failpoints()

@@ -22,6 +22,7 @@ from hotweights.adapters import vllm_core, vllm_versions, vllm_worker
 from hotweights.adapters.settings import settings
 from hotweights.adapters.vllm_engine import TORN, AsyncCores, Cores, SyncCores, VllmEngine, lock_sending
 from hotweights.adapters.vllm_shapes import no_front_end, unsupported
+from hotweights.wire import failpoints
 from hotweights.wire.endpoint import BadEndpoint
 from hotweights.worker_client.config import BadSetting, Config, load_config
 
@@ -215,6 +216,7 @@ def _make_controller(held: "weakref.ref[Any]", config: Config) -> "ReplicaContro
             endpoint, hello, on_order, on_welcome=welcomed, adopt_cluster=config.adopt_cluster, access=config.access
         )
 
+    failpoints.arm(config.failpoints)
     log.info("hotweights: replica %s follows %s", identity.replica_id, endpoint)
     engine = VllmEngine(_cores_of(llm))
     return ReplicaController(identity, engine, connect_agent, open_stream, torn_stays=config.torn == "stay")

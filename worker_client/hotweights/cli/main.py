@@ -7,9 +7,22 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from hotweights.cli import agent, events, fleet, publish, serve, settings, status, token, updates, verify, versions
+from hotweights.cli import (
+    agent,
+    events,
+    failpoints,
+    fleet,
+    publish,
+    serve,
+    settings,
+    status,
+    token,
+    updates,
+    verify,
+    versions,
+)
 
-GROUPS = (serve, agent, publish, verify, updates, status, versions, events, fleet, token, settings)
+GROUPS = (serve, agent, publish, verify, updates, status, versions, events, fleet, token, settings, failpoints)
 
 _EPILOG = """\
 The coordinator is --endpoint, else HOTWEIGHTS_ENDPOINT, else HOTWEIGHTS_COORD, else tcp://127.0.0.1:5555.

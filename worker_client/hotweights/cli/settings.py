@@ -99,6 +99,7 @@ def _coordinator_rows() -> list[Row]:
         from hotweights.coordinator.config import (
             Config,
             default_endpoint,
+            default_failpoints,
             default_file,
             default_store,
             default_tokens,
@@ -115,6 +116,7 @@ def _coordinator_rows() -> list[Row]:
         tls_cert=default_file("HOTWEIGHTS_TLS_CERT", environ),
         tls_key=default_file("HOTWEIGHTS_TLS_KEY", environ),
         client_ca=default_file("HOTWEIGHTS_CLIENT_CA", environ),
+        failpoints=default_failpoints(environ),
     )
     meanings = {
         "endpoint": ("--endpoint", _source(environ, "HOTWEIGHTS_ENDPOINT"), "where it listens"),
@@ -133,6 +135,11 @@ def _coordinator_rows() -> list[Row]:
         "tls_key": ("--tls-key", _source(environ, "HOTWEIGHTS_TLS_KEY"), "PEM file"),
         "client_ca": ("--client-ca", _source(environ, "HOTWEIGHTS_CLIENT_CA"), "PEM file; whose clients are let in"),
         "stop_grace_s": ("stop_grace_s", "fixed", "seconds that calls are given when it stops"),
+        "failpoints": (
+            "HOTWEIGHTS_FAILPOINTS",
+            _source(environ, "HOTWEIGHTS_FAILPOINTS"),
+            "for tests: failures to inject",
+        ),
     }
     rows = []
     for name in (item.name for item in dataclasses.fields(Config)):

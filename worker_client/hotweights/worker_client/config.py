@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hotweights.wire.endpoint import Endpoint, parse_endpoint
+from hotweights.wire.failpoints import BadFailpoint, parse_failpoints
 
 if TYPE_CHECKING:
     from hotweights.wire.access import Access
@@ -61,7 +62,7 @@ SETTINGS = (
     Setting("HOTWEIGHTS_ADOPT_CLUSTER", "0", "1 follows a coordinator whose store was replaced"),
     Setting("HOTWEIGHTS_ROUTE", "auto", "auto, assembled or reload: how weights get into an engine"),
     Setting("HOTWEIGHTS_TORN", "end", "end or stay: what becomes of a server whose engine is in doubt"),
-    Setting("HOTWEIGHTS_FAILPOINTS", "", "for tests: failures to inject"),
+    Setting("HOTWEIGHTS_FAILPOINTS", "", "for tests: failures to inject; `hotweights failpoints` lists them"),
 )
 
 _TRUE = {"1", "true", "yes", "on"}
@@ -193,6 +194,14 @@ def _torn(text: str) -> str:
     return text
 
 
+def _failpoints(text: str) -> str:
+    try:
+        parse_failpoints(text)
+    except BadFailpoint as error:
+        raise BadSetting("HOTWEIGHTS_FAILPOINTS", text, str(error)) from error
+    return text
+
+
 def _file(environ: Mapping[str, str], name: str) -> Path | None:
     """Absolute: an agent that is started in the background has another working directory."""
     text = environ.get(name, "").strip()
@@ -252,7 +261,7 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         adopt_cluster=env.get("HOTWEIGHTS_ADOPT_CLUSTER", "").lower() in _TRUE,
         route=_route(env.get("HOTWEIGHTS_ROUTE") or "auto"),
         torn=_torn(env.get("HOTWEIGHTS_TORN") or "end"),
-        failpoints=env.get("HOTWEIGHTS_FAILPOINTS", ""),
+        failpoints=_failpoints(env.get("HOTWEIGHTS_FAILPOINTS", "")),
         ca=_file(env, "HOTWEIGHTS_CA"),
         cert=_file(env, "HOTWEIGHTS_CERT"),
         key=_file(env, "HOTWEIGHTS_KEY"),

@@ -210,4 +210,6 @@ class CallRefused(Event):
 
 @dataclass(frozen=True)
 class Ticked(Event):
-    """Time passed."""
+    """Time passed; for `overslept_s` of it the leader itself did not run, which is held against nobody."""
+
+    overslept_s: float = 0.0

@@ -245,6 +245,31 @@ def heard(turn: Turn, event: e.FromMember) -> Seat | Node | None:
     return member
 
 
+def time_passed(turn: Turn, event: e.Ticked) -> None:
+    if event.overslept_s:
+        _begin_terms_anew(turn, event.overslept_s)
+    expire_leases(turn)
+    forget_the_lost(turn)
+    for model in turn.models.values():
+        turn.touch(model.name)
+
+
+def _begin_terms_anew(turn: Turn, overslept_s: float) -> None:
+    """Everyone has a whole term again to be heard from, as after a takeover, and every deadline its time.
+
+    Streams broke while nobody answered on them, and reports of windows wait unread.
+    """
+    lease_until = turn.now + turn.limits.lease_s
+    turn.led_at = turn.now
+    for node in list(turn.nodes.values()):
+        turn.nodes.put(node.id, replace(node, lease_until=max(node.lease_until, lease_until)))
+    for seat in list(turn.seats.values()):
+        turn.seats.put(seat.id, replace(seat, lease_until=max(seat.lease_until, lease_until)))
+    for update, effort in list(turn.efforts.items()):
+        due = {name: at + overslept_s for name, at in effort.due.items()}
+        turn.efforts.put(update, replace(effort, deadline_at=effort.deadline_at + overslept_s, due=due))
+
+
 def expire_leases(turn: Turn) -> None:
     """A silent member is disconnected; inside a window the window's deadline counts instead."""
     for node in list(turn.nodes.values()):

@@ -37,10 +37,7 @@ def step(state: State, event: e.Event) -> tuple[State, tuple[Order, ...]]:  # no
         case e.CallRefused():
             turn.note_refusal(event.refusal, event.node)
         case e.Ticked():
-            fleet.expire_leases(turn)
-            fleet.forget_the_lost(turn)
-            for model in state.models:
-                turn.touch(model)
+            fleet.time_passed(turn, event)
         case _:
             raise TypeError(f"no rule for {type(event).__name__}")
     _settle(turn)

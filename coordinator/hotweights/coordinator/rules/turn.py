@@ -90,6 +90,7 @@ class Turn:
             nodes=self.nodes.done(),
             efforts=self.efforts.done(),
             next_number=self._number,
+            led_at=self.led_at,
         )
         return after, tuple(self._orders)
 

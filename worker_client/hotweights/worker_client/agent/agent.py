@@ -18,6 +18,7 @@ import grpc
 from hotweights.v1 import agent_service_pb2 as pb
 from hotweights.v1 import coordinator_service_pb2, fleet_pb2, model_pb2
 from hotweights.v1 import worker_service_pb2 as worker_pb
+from hotweights.wire import failpoints
 from hotweights.wire.errors import Refused
 from hotweights.worker_client.agent.certificates import peer_tls
 from hotweights.worker_client.agent.coordinator import Coordinator
@@ -28,6 +29,7 @@ from hotweights.worker_client.agent.orders import Orders
 from hotweights.worker_client.agent.peers import Peer
 from hotweights.worker_client.config import Config
 from hotweights.worker_client.session import Session
+from hotweights.worker_client.stage.errors import ImageAltered
 from hotweights.worker_client.stage.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -113,6 +115,7 @@ class Agent:
                 "NO_COORDINATOR",
                 "this node's agent has no coordinator; set HOTWEIGHTS_ENDPOINT and restart it",
             )
+        failpoints.hit("publish.hashed")
         known.image.check_unchanged()
         # Served before it is declared: whoever hears of the version finds a holder.
         self._holdings_changed()
@@ -128,16 +131,22 @@ class Agent:
             known.image.blob,
             token,
         )
+        failpoints.hit("publish.declared")
         self.folders.publish_as(known, request.model, request.version)
         self._holdings_changed()
         log.info("%s is published as %s/%s", known.folder, version.model, version.name)
         return version
 
     async def map_image(self, digest: bytes, client_id: str) -> Path:
-        """Raises NotStaged, and Refused without a client's id."""
+        """Raises NotStaged, ImageAltered, and Refused without a client's id."""
         _require_client(client_id)
         await self.images.settled(digest)
-        return await asyncio.to_thread(self.stage.map, digest, client_id)
+        try:
+            return await asyncio.to_thread(self.stage.map, digest, client_id)
+        except ImageAltered as error:
+            log.error("%s", error.message)
+            self._holdings_changed()
+            raise
 
     async def release_image(self, digest: bytes, client_id: str) -> None:
         """Raises Refused for a client that does not map the image."""

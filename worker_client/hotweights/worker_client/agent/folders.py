@@ -58,6 +58,7 @@ class Folders:
         self._known: dict[Key, Known] = {}  # least recently used first
         self._hashing: dict[Key, Work[Known]] = {}
         self._to_recall: list[Entry] = []
+        self._recalled_one = asyncio.Event()
 
     def digests(self) -> list[bytes]:
         return list(dict.fromkeys(known.image.digest for known in self._known.values()))
@@ -113,6 +114,15 @@ class Folders:
             await self._recall_one(entry)
             self._to_recall.remove(entry)
             self._save()
+            self._recalled_one.set()
+            self._recalled_one = asyncio.Event()
+
+    async def recalled(self, digest: bytes) -> None:
+        """Waits until the folder that a former agent served as this is hashed again, next of all, or dropped."""
+        while entry := next((entry for entry in self._to_recall if entry["digest"] == digest.hex()), None):
+            self._to_recall.remove(entry)
+            self._to_recall.insert(min(1, len(self._to_recall)), entry)  # behind the one under way
+            await self._recalled_one.wait()
 
     async def _recall_one(self, entry: Entry) -> None:
         folder = Path(entry["folder"])

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from hotweights.v1 import worker_service_pb2
+from hotweights.wire import failpoints
 from hotweights.worker_client.agent.folders import Folders
 from hotweights.worker_client.agent.work import Work
 from hotweights.worker_client.image.errors import FolderChanged
@@ -111,8 +112,11 @@ class Images:
         if before is not None:  # called off, and still letting go of the image
             await asyncio.wait({before})
         await self.settled(digest)
-        if digest in self.stage.held():
+        if await asyncio.to_thread(self.stage.is_whole, digest):
             return
+        failpoints.hit("stage.begin")
+        if not sources:  # what a former agent served is not known again at once: it is hashed first
+            await self._folders.recalled(digest)
         blob = await self._find_manifest(digest, sources)
         reserved: list[tuple[Partial, bool]] = []  # filled even when we are cancelled meanwhile
         try:

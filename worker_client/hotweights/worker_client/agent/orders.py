@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 
 from hotweights.v1 import worker_service_pb2 as pb
+from hotweights.wire import failpoints
 from hotweights.worker_client.agent.edge import EXPECTED, as_refusal
 from hotweights.worker_client.agent.images import Images
 
@@ -72,6 +73,7 @@ class Orders:
             log.warning("image %s is not staged: %s", digest.hex()[:16], reason)
             report.stage_failed.CopyFrom(pb.StageFailed(manifest_digest=digest, reason=reason))
         else:
+            failpoints.hit("stage.report")
             report.staged.CopyFrom(pb.Staged(manifest_digest=digest))
         self._report(report)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 
 from hotweights.v1 import agent_service_pb2_grpc as rpc
+from hotweights.wire import failpoints
 from hotweights.wire.channel import server_options
 from hotweights.wire.endpoint import Endpoint
 from hotweights.wire.errors import HotweightsError
@@ -39,6 +40,7 @@ def run_agent(config: Config, *, started_by_client: bool) -> None:
 
     Raises AgentRuns, StageTaken, StageUnsafe; OSError and ValueError for addresses that cannot be.
     """
+    failpoints.arm(config.failpoints)
     asyncio.run(serve_agent(config, started_by_client=started_by_client))
 
 

@@ -8,6 +8,7 @@ import grpc
 
 from hotweights.v1 import agent_service_pb2 as pb
 from hotweights.v1 import agent_service_pb2_grpc as rpc
+from hotweights.wire import failpoints
 from hotweights.wire.access import bearer_of
 from hotweights.wire.errors import Refused
 from hotweights.worker_client.agent.agent import Agent
@@ -34,6 +35,7 @@ class AgentServicer(rpc.AgentServiceServicer):
                 for field in ("model", "version"):
                     if not getattr(request, field):
                         raise _bad(f"{field} is missing")
+                failpoints.hit("publish.begin")
                 work = self._agent.folders.hash(folder, include_code=request.include_code)
                 async for bytes_done, bytes_total in work.follow(HASH_DEADLINE_S):
                     progress = pb.HashProgress(bytes_done=bytes_done, bytes_total=bytes_total)

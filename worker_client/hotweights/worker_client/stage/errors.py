@@ -74,6 +74,20 @@ class NotStaged(Refused):
         )
 
 
+class ImageAltered(Refused):
+    """Somebody wrote to a staged image after its bytes were verified; it is held no longer."""
+
+    def __init__(self, digest: bytes, file: str) -> None:
+        super().__init__(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "IMAGE_ALTERED",
+            f"image {digest.hex()[:16]} was altered in the stage after it was verified ({file}); nothing of it is "
+            "used, and the next update fetches what is wrong",
+            manifest_digest=digest.hex(),
+            file=file,
+        )
+
+
 class SourcesFailed(Refused):
     """No source gave the whole image; `why` holds a line for each."""
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hotweights.v1 import manifest_pb2
+from hotweights.wire import failpoints
 from hotweights.worker_client.image.verify import verify_folder
 from hotweights.worker_client.stage.buckets import BucketVerifier
 
@@ -80,9 +81,12 @@ class Partial:
     def mark_good(self, index: int) -> None:
         """Counts a bucket that `matches`. Thread-safe."""
         with self._lock:
-            if index in self.missing:
-                self.missing.discard(index)
-                self.bytes_done += self.manifest.buckets[index].size_bytes
+            if index not in self.missing:
+                return
+            self.missing.discard(index)
+            self.bytes_done += self.manifest.buckets[index].size_bytes
+            right = len(self.manifest.buckets) - len(self.missing)
+        failpoints.hit("stage.bucket", right)
 
     def close(self) -> None:
         """Lets go of the maps. The last reference unmaps; the traceback of a cancelled read may hold it."""

@@ -22,14 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hotweights.v1 import manifest_pb2
+from hotweights.wire import failpoints
 from hotweights.worker_client.image.digests import digest_of
 from hotweights.worker_client.image.errors import BadImage
 from hotweights.worker_client.image.manifest import parse_manifest
 from hotweights.worker_client.image.verify import verify_folder
-from hotweights.worker_client.stage.errors import NotStaged, StageFull, StageTaken, StageUnsafe
+from hotweights.worker_client.stage.errors import ImageAltered, NotStaged, StageFull, StageTaken, StageUnsafe
 from hotweights.worker_client.stage.partial import Partial, Progress, image_bytes
 from hotweights.worker_client.stage.pins import Pins
 from hotweights.worker_client.stage.room import Room, measure_room
+from hotweights.worker_client.stage.stamps import Stamps, stamps_of
 
 _PARTIAL = ".partial"
 _MANIFEST = ".manifest"
@@ -56,6 +58,7 @@ class Stage:
         self._lock = threading.RLock()
         self._handle = -1
         self._held: dict[bytes, manifest_pb2.Manifest] = {}  # oldest first
+        self._stamps: dict[bytes, Stamps] = {}
         self._filling: dict[bytes, Partial] = {}
         self._pinned: frozenset[bytes] = frozenset()
 
@@ -130,9 +133,10 @@ class Stage:
     # --- pins ------------------------------------------------------------------------------------
 
     def map(self, digest: bytes, client_id: str) -> Path:
-        """Pins the image for a client; its folder. Raises NotStaged."""
+        """Pins the image for a client; its folder. Raises NotStaged, ImageAltered."""
         with self._lock:
             folder = self.folder(digest)
+            self._check_unaltered(digest)
             self.pins.add(digest, client_id)
             self._held[digest] = self._held.pop(digest)  # used last, goes last
             return folder
@@ -149,6 +153,22 @@ class Stage:
             fresh.write_text(json.dumps(sorted(digest.hex() for digest in self._pinned)))
             fresh.replace(self.root / "pinned.json")
 
+    def is_whole(self, digest: bytes) -> bool:
+        """Whether the image is held and nobody wrote to it since; one that is altered is held no longer."""
+        with self._lock, suppress(NotStaged, ImageAltered):
+            self.folder(digest)
+            self._check_unaltered(digest)
+            return True
+        return False
+
+    def _check_unaltered(self, digest: bytes) -> None:
+        manifest, stamps = self._held[digest], self._stamps[digest]
+        for file, then, now in zip(manifest.files, stamps, stamps_of(self.root / digest.hex(), manifest), strict=True):
+            if then != now:
+                del self._held[digest], self._stamps[digest]
+                self._demote(digest)
+                raise ImageAltered(digest, file.name)
+
     # --- an image comes --------------------------------------------------------------------------
 
     def verify(self, digest: bytes, progress: Progress | None = None) -> bool:
@@ -158,10 +178,11 @@ class Stage:
         if blob is None:
             raise RuntimeError(f"{folder} has no manifest: `open` did not find it")
         manifest = parse_manifest(blob, allow_code=True)
+        stamps = stamps_of(self.root / digest.hex(), manifest)  # before the bytes are read: what comes later is noticed
         whole = verify_folder(folder, manifest, progress=progress).ok
         if whole and {path.name for path in folder.iterdir()} == {file.name for file in manifest.files}:
             with self._lock:
-                self._held[digest] = manifest
+                self._held[digest], self._stamps[digest] = manifest, stamps
             return True
         self._demote(digest)
         return False
@@ -203,11 +224,15 @@ class Stage:
                 path.chmod(0o440)
             else:
                 path.unlink()
+        stamps = stamps_of(partial.folder, partial.manifest)
         with self._lock:
             folder = self.root / partial.digest.hex()
+            failpoints.hit("stage.rename.before")
             partial.folder.replace(folder)
+            failpoints.hit("stage.rename.after")
             del self._filling[partial.digest]
             self._held[partial.digest] = partial.manifest
+            self._stamps[partial.digest] = stamps
             return folder
 
     def abandon(self, partial: Partial) -> None:
@@ -257,6 +282,7 @@ class Stage:
             shutil.rmtree(folder)
         (self.root / f"{digest.hex()}{_MANIFEST}").unlink(missing_ok=True)
         self._held.pop(digest, None)
+        self._stamps.pop(digest, None)
         self.pins.forget(digest)
 
     def _demote(self, digest: bytes) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from hotweights.v1 import fleet_pb2, model_pb2, update_pb2
 from hotweights.v1 import worker_service_pb2 as pb
+from hotweights.wire import failpoints
 from hotweights.wire.errors import HotweightsError
 from hotweights.worker_client.window.engine import Engine, EngineFailed, PauseMode, Status
 from hotweights.worker_client.window.identify import FAILED, Images, Processes, fingerprint, identify_folder, meet
@@ -264,6 +265,7 @@ class ReplicaController:
                     await self._do_prepare(order.prepare, report)
                 case "apply":
                     await self._do_apply(taken, report)
+                    failpoints.hit("window.report")
                 case _:
                     await self._do_end()
                     continue
@@ -308,7 +310,9 @@ class ReplicaController:
             if failed := refusals(answers):
                 raise PrepareRefused(failed)
             answers = await self._poll_prepared(ends, deadline_s)
-        except (PrepareRefused, Unanswered):
+            # Asked again: what the ranks have read by now is what was verified, or the agent says that it is not.
+            await within(deadline_s, "the agent", agent.map_image(digest, self._identity.replica_id))
+        except (PrepareRefused, HotweightsError, Unanswered):
             await self._unmap()
             raise
         before, spoilt = fingerprints(answers), any(answer.get("caches_spoilt") for answer in answers)

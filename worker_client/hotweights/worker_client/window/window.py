@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
+from hotweights.wire import failpoints
 from hotweights.worker_client.window.engine import Engine, EngineFailed, PauseMode, Process, Status
 
 RESUME_DEADLINE_S = 10.0
@@ -145,15 +146,22 @@ class Window:
             reason = str(error)
             await self._kill(reason)
             return WindowResult(Outcome.TORN, reason, self._times)
+        except Exception as bug:
+            # The controller ends by it, and nobody would ever resume the engine.
+            await self._kill(f"a bug in the window: {bug!r}")
+            raise
 
     async def _open(self) -> WindowResult:
+        failpoints.hit("window.begin")
         begun = self._clock()
         paused = await self._pause()
         self._times.quiesce_ms = self._since(begun)
         if paused:
             return await self._close(Outcome.UNDONE, paused, self._before)
+        failpoints.hit("window.paused")
         begun = self._clock()
         answers = await self._write()
+        failpoints.hit("window.written")
         failed = refusals(answers) or self._unexpected(answers) or await self._commit()
         if failed:
             proof = await self._undo(failed)
