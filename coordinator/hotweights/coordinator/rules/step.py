@@ -8,7 +8,7 @@ from hotweights.coordinator.rules.turn import Turn
 from hotweights.coordinator.rules.update import advance
 
 
-def step(state: State, event: e.Event) -> tuple[State, tuple[Order, ...]]:  # noqa: C901 - a table, not a maze
+def step(state: State, event: e.Event) -> tuple[State, tuple[Order, ...]]:
     """What follows from an event. Raises Declined, having changed nothing."""
     turn = Turn(state, event.now)
     match event:
