@@ -71,7 +71,11 @@ SITTINGS = (
     ),
     Sitting(
         "docs/WALKTHROUGHS.md",
-        ("python examples/random_llama.py /tmp/walk/v1 1 small", "hotweights publish /tmp/walk/v1 --version v1"),
+        (
+            "python examples/random_llama.py /tmp/walk/v1 1 small",
+            "hotweights publish /tmp/walk/v1 --version v1",
+            "hotweights update v2 --check-finite",
+        ),
         before=COORDINATOR,
         needs="transformers",
         live=True,
@@ -98,6 +102,28 @@ SITTINGS = (
         before="POD_NAME=vllm-0",
         after="hotweights config",
     ),
+    Sitting(
+        "docs/SECURITY.md",
+        (
+            'openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 -subj "/CN=hotweights" '
+            '-addext "keyUsage=critical,keyCertSign,cRLSign" -keyout ca.key -out ca.pem',
+            'openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj "/CN=coordinator" '
+            "-keyout coordinator.key -out coordinator.csr",
+            "hotweights coord-serve --endpoint tcp://0.0.0.0:5555 --tls-cert coordinator.pem --tls-key coordinator.key "
+            "--client-ca ca.pem",
+            "export HOTWEIGHTS_ENDPOINT=grpcs://localhost:5555",
+            "buf curl --protocol grpc --http2-prior-knowledge --cacert ca.pem --cert node-1.pem --key node-1.key "
+            "--data '{}' https://localhost:5555/hotweights.v1.CoordinatorService/GetStatus",
+        ),
+        before='cd "$HOME"',
+    ),
+    Sitting(
+        "docs/SECURITY.md",
+        ("umask 077",),
+        before='cd "$HOME"',
+        after="hotweights coord-status --token-file alice.token",
+    ),
+    Sitting("docs/SECURITY.md", ("export HOTWEIGHTS_AGENT_ALLOW=1001,@1002",), after="hotweights config"),
     Sitting(
         "docs/VLLM_INTEGRATION.md",
         ("from hotweights.adapters.vllm_auto import install_autobind",),
