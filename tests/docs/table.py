@@ -105,8 +105,8 @@ SITTINGS = (
     Sitting(
         "docs/SECURITY.md",
         (
-            'openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 -subj "/CN=hotweights" '
-            '-addext "keyUsage=critical,keyCertSign,cRLSign" -keyout ca.key -out ca.pem',
+            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 "
+            '-subj "/CN=hotweights" -addext "keyUsage=critical,keyCertSign,cRLSign" -keyout ca.key -out ca.pem',
             'openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj "/CN=coordinator" '
             "-keyout coordinator.key -out coordinator.csr",
             "hotweights coord-serve --endpoint tcp://0.0.0.0:5555 --tls-cert coordinator.pem --tls-key coordinator.key "

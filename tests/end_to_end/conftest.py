@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from faults import Watch  # noqa: E402
-from fleet import MODEL, PROMPTS_CHECKED, Fleet  # noqa: E402
+from fleet import MODEL, PROMPTS_CHECKED, Fleet, wait_for  # noqa: E402
 from tests.faults_recorder import FaultRow  # noqa: E402
 from tests.oracles import Oracles, Recipe, clear_prompts  # noqa: E402
 
@@ -66,6 +66,7 @@ def fleet(running: Fleet, oracles: dict[str, Any]) -> Iterator[Fleet]:
     running.prompts = oracles["v1"]["prompts"]
     running.inject("")
     running.fail_at("")
+    wait_for("everybody", running.everybody_is_here)
     if running.outputs() != oracles["v1"]["outputs"]:
         running.json("update", "v1")
     assert running.outputs() == oracles["v1"]["outputs"]

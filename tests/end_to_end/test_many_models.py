@@ -38,7 +38,8 @@ def published(running: Fleet, others: dict[str, Path]) -> dict[str, str]:
     """Digests of all versions of both models."""
     for name, folder in others.items():
         running.json("publish", str(folder), "--model", OTHER, "--version", name)
-    return {version["name"]: version["manifest_digest"] for version in running.status()["versions"]}
+    versions = [v for model in (MODEL, OTHER) for v in running.json("versions", "--model", model)]
+    return {version["name"]: version["manifest_digest"] for version in versions}
 
 
 @pytest.fixture
