@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.faults_recorder import FaultRow
 from tests.models import make_checkpoint
 
 from hotweights.worker_client.window.window import Outcome
@@ -75,8 +76,10 @@ def test_a_swap_equals_a_fresh_engine_in_every_rank_and_so_does_the_way_back(
 
 @pytest.mark.capability("undo after every k-th tensor")
 def test_a_failure_of_one_rank_after_every_kth_write_undoes_both(
-    engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle, route: str
+    engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle, route: str, fault_row: FaultRow
 ) -> None:
+    fault_row.about("rank-fails-at-tensor")
+    slowest_s = 0.0
     for k in range(WRITES_MAX):
         before = prepare_all(engine, folders["v2"])
         engine.inject(f"apply.tensor={k}:raise", rank=1)
@@ -88,11 +91,13 @@ def test_a_failure_of_one_rank_after_every_kth_write_undoes_both(
         assert "rank 1: Injected" in result.reason
         assert "rank 0" not in result.reason
         assert b"".join(result.fingerprints) == v1.fingerprint, k
+        slowest_s = max(slowest_s, (result.times.apply_ms + result.times.resume_ms) / 1000)
         assert engine.oracle() == v1, k
     assert k > 2
     assert engine.oracle() == v2
     assert window(engine, "", before).outcome is Outcome.APPLIED
     assert engine.oracle() == v1
+    fault_row.ended(f"undone in both at each of {k} places, then applied", recover_s=slowest_s)
 
 
 def test_a_rank_that_is_killed_in_the_pause_tears_the_replica_and_ends_its_processes(

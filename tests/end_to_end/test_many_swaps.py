@@ -12,6 +12,7 @@ import pytest
 from fleet import MODEL, WAIT_S, Fleet
 from growth import Series, descendants, folder_mib, name_of, process_holds
 from live_traffic import Traffic
+from tests.faults_recorder import FaultRow
 
 from hotweights.v1 import coordinator_service_pb2 as pb
 from hotweights.v1 import coordinator_service_pb2_grpc as rpc
@@ -89,10 +90,14 @@ def test_a_dozen_swaps_in_a_row_under_traffic_leave_nothing_behind(fleet: Fleet,
 
 @pytest.mark.matrix
 @pytest.mark.timeout(3000)
-def test_two_hundred_swaps_in_a_row_under_traffic_leave_nothing_behind(fleet: Fleet, oracles: dict[str, Any]) -> None:
+def test_two_hundred_swaps_in_a_row_under_traffic_leave_nothing_behind(
+    fleet: Fleet, oracles: dict[str, Any], fault_row: FaultRow
+) -> None:
+    fault_row.about("many-swaps")
     series = swap_under_traffic(fleet, oracles, swaps=200, every=10, warm_up=10)
     record(series)
     assert series.beyond(BOUNDS) == {}, series.as_dict()
+    fault_row.ended("within the bounds of tests/end_to_end/test_many_swaps.py; no request failed")
 
 
 def record(series: Series) -> None:

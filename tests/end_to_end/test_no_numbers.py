@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import Watch
 from fleet import MODEL, Fleet
-from live_traffic import Traffic
 from random_llama import make_checkpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
@@ -27,9 +27,11 @@ def bad(running: Fleet, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_version_with_nan_is_refused_by_tensor_and_count_before_any_pause(
-    fleet: Fleet, bad: str, oracles: dict[str, Any]
+    fleet: Fleet, bad: str, oracles: dict[str, Any], watch: Watch
 ) -> None:
+    watch.about("not-finite")
     before = fleet.replica()
+    watch.fault()
     done = fleet.command("update", bad, "--check-finite")
     assert done.returncode == 1
     assert f"{KEYS} has 3 of 32768" in done.stderr
@@ -39,22 +41,24 @@ def test_a_version_with_nan_is_refused_by_tensor_and_count_before_any_pause(
     assert any(KEYS in event["message"] for event in fleet.status()["events"])
     assert fleet.replica().get("last_window") == before.get("last_window")
     assert fleet.outputs() == oracles["v1"]["outputs"]
+    watch.ended("ABORTED, tensor and count named")
 
 
 def test_a_version_with_nan_that_nobody_looked_at_is_taken_back_while_clients_stream(
-    fleet: Fleet, bad: str, oracles: dict[str, Any]
+    fleet: Fleet, bad: str, oracles: dict[str, Any], watch: Watch
 ) -> None:
-    traffic = Traffic(f"{fleet.url}/v1", MODEL, clients=3)
-    traffic.start()
+    watch.about("nan-in-cache")
     try:
         assert fleet.json("update", bad)["phase"] == "UPDATE_PHASE_COMMITTED"
         assert fleet.outputs() != oracles["v1"]["outputs"]
+        watch.fault()
         assert fleet.json("rollback")["phase"] == "UPDATE_PHASE_COMMITTED"
         assert fleet.outputs() == oracles["v1"]["outputs"]
+        watch.recovered()
     finally:
-        traffic.stop()
         fleet.json("resume")
     assert fleet.outputs() == oracles["v1"]["outputs"]
     assert fleet.replica()["fingerprints"] == oracles["v1"]["fingerprints"]
     log = (fleet.folder / "engine.log").read_text()
     assert "clearing the KV cache: a value in it was NaN or infinite" in log
+    watch.ended("rolled back, the cache cleared")

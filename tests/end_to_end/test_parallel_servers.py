@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from fleet import ENGINE_DEADLINE_S, MODEL, REPLICA, WAIT_S, Fleet, wait_for
 from oracle import MAX_TOKENS
+from tests.faults_recorder import FaultRow
 
 pytestmark = [
     pytest.mark.vllm,
@@ -146,13 +147,45 @@ def _reason(fleet: Fleet, update_id: str) -> str:
 def test_an_engine_in_doubt_ends_its_server_with_the_reason_in_its_log(fleet: ParallelFleet) -> None:
     """No process of the server knows the engines' manager here: they are ended by the ids they gave."""
     (replica,) = fleet.status()["replicas"]
+    said = log_bytes(fleet)
     fleet.inject_in(1, "apply.start:hang=120")
     failed = fleet.command("update", "v2", "--apply-deadline", "2", "--json")
     assert json.loads(failed.stdout)["phase"] == "UPDATE_PHASE_ROLLED_BACK"
     assert json.loads(failed.stdout)["replicas"][0]["outcome"] == "REPLICA_OUTCOME_TORN"
+    check_server_ended(fleet, replica, said)
+
+
+@pytest.mark.matrix
+def test_a_rank_killed_in_the_pause_ends_its_server_and_a_new_one_catches_up(
+    fleet: ParallelFleet, oracles: dict[str, Any], fault_row: FaultRow
+) -> None:
+    fault_row.about("rank-killed-in-pause")
+    if not fleet.runs("engine"):
+        fleet.start_engine()
+    assert fleet.json("update", "v2")["phase"] == "UPDATE_PHASE_COMMITTED"
+    (replica,) = fleet.status()["replicas"]
+    said = log_bytes(fleet)
+    fleet.inject_in(1, "apply.tensor=3:kill")
+    begun = time.monotonic()
+    update = json.loads(fleet.command("update", "v1", "--apply-deadline", "10", "--json").stdout)
+    assert update["phase"] == "UPDATE_PHASE_ROLLED_BACK"
+    assert update["replicas"][0]["outcome"] == "REPLICA_OUTCOME_TORN"
+    assert REPLICA in update["reason"]
+    check_server_ended(fleet, replica, said)
+    fleet.start_engine()  # on v1's folder, as a supervisor does
+    wait_for("v2", lambda: fleet.replica().get("ready") and fleet.serve(oracles["v2"]["outputs"]))
+    fault_row.ended("torn, server ended, ROLLED_BACK, restarted on v2", recover_s=time.monotonic() - begun)
+
+
+def log_bytes(fleet: Fleet) -> int:
+    return (fleet.folder / "engine.log").stat().st_size
+
+
+def check_server_ended(fleet: Fleet, replica: Any, said: int) -> None:
+    """By itself, all ranks of it, and it says why after the bytes that it had said before."""
     server = fleet.process("engine")
     wait_for("the end of the server", lambda: server.poll() is not None)
-    assert "TORN: " in (fleet.folder / "engine.log").read_text()
+    assert b"TORN: " in (fleet.folder / "engine.log").read_bytes()[said:]
     ends = time.monotonic() + WAIT_S
     while any(_runs(rank["pid"]) for rank in replica["ranks"]) and time.monotonic() < ends:
         time.sleep(0.1)

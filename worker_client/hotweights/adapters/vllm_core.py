@@ -24,7 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from hotweights.adapters.processes import process
+from hotweights.adapters.processes import end_with_parent, process
 
 log = logging.getLogger(__name__)
 
@@ -271,10 +271,11 @@ def _not_begun(scheduler: Any) -> list[Any]:
 
 
 def gate_of(core: Any) -> Gate:
-    """The core's gate; made when it is first asked for."""
+    """The core's gate; made when it is first asked for, in the core's process."""
     gate: Gate | None = core.__dict__.get(_GATE)
     if gate is None:
         gate = core.__dict__[_GATE] = Gate(core)
+        end_with_parent()
     return gate
 
 
