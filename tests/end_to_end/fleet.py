@@ -80,6 +80,7 @@ class Fleet:
             "HOTWEIGHTS_FAILPOINTS": f"@{folder / 'failpoints'}",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_LOGGING_LEVEL": "INFO",  # what is looked for in its log
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH", "")))),
         }
