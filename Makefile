@@ -43,7 +43,7 @@ fuzz: setup  ## look for input that breaks a parser, FUZZ_S=60 seconds for each 
 # What was seen goes into the repository: name the machine as the other results do, MACHINE=epyc2.
 faults: setup tools  ## inject every fault, about half an hour, and make the table of docs/RELIABILITY.md
 	$(bin)/python -m pytest -m "matrix or not matrix" \
-		--record-faults benchmarks/results/faults-$(shell date +%F)-$(or $(MACHINE),here).json $(ARGS)
+		--record-faults=benchmarks/results/faults-$(shell date +%F)-$(or $(MACHINE),here).json $(ARGS)
 	$(bin)/python -m benchmarks.reliability
 
 check: setup tools  ## format, lint, types, import walls, stubs and protos

@@ -10,7 +10,7 @@ A test anywhere under tests/ asks for the fixture and says what it saw, once, at
 `recover_s` is the time from the fault until what was promised is true again; requests are those that clients sent from
 the fault on, `failed` those that got no whole answer. Leave out what was not measured.
 
-Nothing is written unless pytest is given `--record-faults FILE.json`; then rows of tests that passed are merged into
+Nothing is written unless pytest is given `--record-faults=FILE.json`; then rows of tests that passed are merged into
 the file: a test that runs again takes its own row's place, one that fails takes it away. `make faults` records all of
 them and makes the table anew (benchmarks/reliability.py). A test that asked for the fixture and passed without `about`
 and `ended` fails: a row is never left out by oversight.
