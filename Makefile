@@ -9,8 +9,6 @@ typed := $(wildcard protos transports worker_client coordinator tests scripts ex
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 17
 
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
-
 setup:  ## make .venv: the package, its tools and a real vLLM where the platform has one
 	@scripts/setup.sh
 

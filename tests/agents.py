@@ -12,8 +12,8 @@ from hotweights.worker_client.config import Config
 DEADLINE_S = 20.0
 
 
-def end_agent(config: Config) -> None:
-    """Ends the agent that answers at the configured socket, if one does, and waits until its socket is gone."""
+def agent_pid(config: Config) -> int | None:
+    """Which agent answers at the configured socket."""
 
     async def find() -> int | None:
         client = AgentClient(config)
@@ -24,7 +24,12 @@ def end_agent(config: Config) -> None:
         finally:
             await client.close()
 
-    pid = asyncio.run(find())
+    return asyncio.run(find())
+
+
+def end_agent(config: Config) -> None:
+    """Ends the agent that answers at the configured socket, if one does, and waits until its socket is gone."""
+    pid = agent_pid(config)
     if pid is None:
         return
     os.kill(pid, signal.SIGTERM)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 from live_processes import answers, free_port  # noqa: E402
 from oracle import MAX_TOKENS  # noqa: E402
-from tests.agents import end_agent  # noqa: E402
+from tests.agents import agent_pid, end_agent  # noqa: E402
 
 from hotweights.worker_client.config import load_config  # noqa: E402
 
@@ -107,9 +107,17 @@ class Fleet:
         return self.command("coord-status", "--json").returncode == 0
 
     def start_agent(self) -> None:
-        end_agent(load_config(self.environment))  # the engine starts one itself when it misses it
-        self.start("agent", ["hotweights.cli", "agent"])
-        wait_for("the agent", lambda: any(n.get("connected") for n in self.status().get("nodes", [])))
+        """The fleet's own: the engine starts one itself when it misses it, at any moment, and then ours gives way."""
+        config = load_config(self.environment)
+
+        def ours_answers() -> bool:
+            if "agent" not in self._running or not self.runs("agent"):
+                end_agent(config)
+                self.start("agent", ["hotweights.cli", "agent"])
+            return agent_pid(config) == self.pid("agent")
+
+        wait_for("the agent", ours_answers)
+        wait_for("the agent's node", lambda: any(n.get("connected") for n in self.status().get("nodes", [])))
 
     def start_engine(self) -> None:
         self.start("engine", server_arguments(MODEL, self.checkpoint, self.api_port))
