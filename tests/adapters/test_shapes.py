@@ -9,7 +9,7 @@ import pytest
 from hotweights.adapters.vllm_shapes import no_front_end, unsupported
 
 
-def a_front_end(*, cores: int | None = 1, **parallel: Any) -> Any:
+def a_front_end(*, cores: int | None = 1, moe: bool = False, kv: Any = None, ec: Any = None, **parallel: Any) -> Any:
     config = {
         "nnodes": 1,
         "data_parallel_size": 1,
@@ -19,8 +19,18 @@ def a_front_end(*, cores: int | None = 1, **parallel: Any) -> Any:
         **parallel,
     }
     client = SimpleNamespace() if cores is None else SimpleNamespace(core_engines=[b""] * cores)
-    vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(**config))
+    vllm_config = SimpleNamespace(
+        parallel_config=SimpleNamespace(**config),
+        model_config=SimpleNamespace(is_moe=moe),
+        kv_transfer_config=kv,
+        ec_transfer_config=ec,
+    )
     return SimpleNamespace(vllm_config=vllm_config, engine_core=client)
+
+
+def connector(name: str | None, *behind: str) -> Any:
+    extra = {"connectors": [{"kv_connector": one} for one in behind]}
+    return SimpleNamespace(kv_connector=name, kv_connector_extra_config=extra)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +44,14 @@ def a_front_end(*, cores: int | None = 1, **parallel: Any) -> Any:
         (a_front_end(cores=2, data_parallel_size=2, data_parallel_backend="ray"), "Ray"),
         (a_front_end(cores=1, data_parallel_size=2), "load balancer"),
         (a_front_end(cores=4, data_parallel_size=4, data_parallel_size_local=2), "2 of its data parallel engines"),
+        (a_front_end(cores=2, data_parallel_size=2, moe=True), "expert model"),
+        (a_front_end(moe=True), ""),
+        (a_front_end(kv=connector(None)), ""),
+        (a_front_end(kv=connector("OffloadingConnector")), ""),
+        (a_front_end(kv=connector("LMCacheConnectorV1")), "KV connector LMCacheConnectorV1"),
+        (a_front_end(kv=connector("MultiConnector", "NixlConnector", "OffloadingConnector")), ""),
+        (a_front_end(kv=connector("MultiConnector", "NixlConnector", "Mine")), "KV connector Mine"),
+        (a_front_end(ec=SimpleNamespace(ec_connector="ECExampleConnector")), "encoder cache connector"),
     ],
 )
 def test_shapes_that_are_not_supported_are_named(front_end: Any, says: str) -> None:

@@ -57,6 +57,10 @@ class Orders:
         self._running = asyncio.ensure_future(self.controller.run())
         assert (await self.stream.take()).active_changed.active_digest == b"v1"
 
+    async def prepare(self, version: str) -> None:
+        assert await self.stream.give(prepare=pb.PrepareImage(manifest_digest=version.encode(), deadline_s=20)) == ""
+        assert (await self.stream.take()).prepared.manifest_digest == version.encode()
+
     async def apply(self, version: str, **more: Any) -> pb.Report:
         order = pb.ApplyImage(
             manifest_digest=version.encode(),
@@ -253,6 +257,7 @@ def test_the_mode_of_an_order_reaches_the_engine(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle
 ) -> None:
     async def scene(orders: Orders) -> None:
+        await orders.prepare("v2")
         applied = await orders.apply("v2", inflight=update_pb2.INFLIGHT_KEEP)
         assert list(applied.applied.fingerprints) == [v2.fingerprint]
         assert (await orders.apply("v1", restore=True)).applied.active_digest == b"v1"

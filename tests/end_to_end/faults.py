@@ -43,7 +43,7 @@ class Watch:
             self.recovered()
         self.traffic.stop()
         seen = self.traffic.seen
-        assert requests_may_fail or seen.failures == []
+        assert requests_may_fail or seen.failures == [], seen.failures[:3]
         self._row.ended(outcome, recover_s=max(self._recover_s), requests=seen.requests, failed=len(seen.failures))
 
 

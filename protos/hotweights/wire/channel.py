@@ -32,7 +32,7 @@ def channel_options() -> list[tuple[str, int | str]]:
     return [
         *_KEEPALIVE,
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 1_000),
+        ("grpc.min_reconnect_backoff_ms", 5_000),
         ("grpc.max_reconnect_backoff_ms", 5_000),
         # A private pool: two clients of one process must not share a broken connection.
         ("grpc.use_local_subchannel_pool", 1),

@@ -102,3 +102,33 @@ def test_a_report_of_sleep_that_answers_no_outstanding_order_changes_nothing() -
     bench.do(e.Deferred(*bench.who("r1"), order.update, order.ticket, "asleep"))
     assert bench.state.updates == records
     assert not [note for note in bench.notes[-1:] if note.kind is o.NoteKind.REPLICA_DEFERRED]
+
+
+def test_one_that_deferred_what_is_over_by_now_is_called_back() -> None:
+    bench = asleep()
+    order = bench.waiting(o.Apply, "r1")[0][0]
+    bench.leaves("r1")
+    bench.cancel(bench.update.id)
+    bench.obey()
+    bench.wait(2000)
+    assert bench.phase() is Phase.ROLLED_BACK
+    bench.orders.clear()
+    bench.replica("r1", "n1", open_window=order.update)
+    bench.do(e.Deferred(*bench.who("r1"), order.update, order.ticket, "asleep"))
+    assert bench.waiting(o.End, "r1")
+
+
+def test_a_way_back_that_was_lost_with_the_stream_is_told_again() -> None:
+    bench = asleep()
+    order = bench.waiting(o.Apply, "r1")[0][0]
+    bench.cancel(bench.update.id)
+    assert bench.update.members["r1"].outcome is Outcome.RESTORING
+    bench.leaves("r1")
+    bench.orders = [told for told in bench.orders if told.member != "r1"]
+    bench.replica("r1", "n1", open_window=order.update)
+    assert not bench.waiting(o.Apply, "r1")
+    bench.do(e.Deferred(*bench.who("r1"), order.update, order.ticket, "asleep"))
+    (again,) = [go for _, go in bench.waiting(o.Apply, "r1")]
+    assert again.restore
+    bench.obey()
+    assert bench.phase() is Phase.ROLLED_BACK

@@ -59,11 +59,12 @@ class FakeEngine:
         return [Process(99, 1)]
 
     async def read(self, begin: bool) -> int:
+        assert not self.killed
         self.reading = begin and not self.asleep
         return self.asleep
 
     async def await_wake(self) -> None:
-        self.calls.append("await_wake")
+        await self._done("await_wake")
         await self.wakes.wait()
 
     def wake(self) -> None:
@@ -71,7 +72,7 @@ class FakeEngine:
         self.wakes.set()
 
     async def let_wake(self) -> None:
-        self.calls.append("let_wake")
+        await self._done("let_wake")
 
     async def rpc(self, method: str, *args: Any) -> list[Status]:
         name = method.removeprefix("hotweights_")

@@ -105,6 +105,8 @@ async def test_nothing_is_kept_in_flight_where_the_caches_are_cleared(bench: Ben
     bench.engine.does["pause"] = pause
     for digest, spoilt, restore in ((V2, False, False), (V1, False, True), (V2, True, False)):
         bench.engine.caches_spoilt = spoilt
+        if not restore:
+            await bench.prepare(digest)
         report = await bench.apply(digest, inflight=update_pb2.INFLIGHT_KEEP, restore=restore)
         assert report.applied.active_digest == digest
     assert modes == ["keep", "recompute", "recompute"]

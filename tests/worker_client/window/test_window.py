@@ -5,6 +5,7 @@ import dataclasses
 import time
 
 import pytest
+from tests.worker_client.window.benches import until
 from tests.worker_client.window.fakes import FakeEngine, fails, hangs, refuses
 
 from hotweights.wire import failpoints
@@ -245,4 +246,16 @@ async def test_a_bug_in_the_pause_ends_the_engine_that_nobody_would_resume(place
     finally:
         failpoints.arm("")
     assert engine.paused
-    assert "a bug in the window" in engine.killed
+    assert "the window was broken off" in engine.killed
+
+
+async def test_a_window_that_is_cancelled_ends_the_engine_that_nobody_would_resume() -> None:
+    engine = FakeEngine()
+    hangs(engine, "apply")
+    window = asyncio.ensure_future(opened(engine))
+    await until(lambda: "apply" in engine.calls)
+    window.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await window
+    assert engine.paused
+    assert "the window was broken off" in engine.killed

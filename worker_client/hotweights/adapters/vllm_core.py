@@ -46,7 +46,7 @@ class Gate:
         self._reading = False
         self._serial = 0
         self._owners_state: Any = None
-        self._owners_rest: Future[Any] | None = None
+        self._owners_rest: tuple[str, Future[Any]] | None = None
         self._waiting: deque[tuple[str, Callable[[], Any], Future[Any]]] = deque()
         self._level = 0
         self._wake_wanted: Future[Any] | None = None
@@ -70,7 +70,7 @@ class Gate:
         return self._of_owner_now(name, call, level)
 
     def _must_wait(self, name: str) -> bool:
-        return self._open or (self._reading and name == "sleep")
+        return self._open or self._woken is not None or (self._reading and name == "sleep")
 
     def _of_owner_now(self, name: str, call: Callable[[], Any], level: int) -> Any:
         if name == "wake_up" and self._wake_wanted is not None and self.asleep:
@@ -79,8 +79,16 @@ class Gate:
             self._level = level
         result = self._as_ours(call)  # what it calls in turn is part of it
         if name in ("pause_scheduler", "sleep") and isinstance(result, Future):
-            self._owners_rest = result
+            self._owners_rest = name, result
+        elif name in ("resume_scheduler", "wake_up"):
+            if self._owners_rest is not None and self._owners_rest[0] == "pause_scheduler":
+                self._owners_rest = None  # vLLM settles it at the next idle moment, and nobody wants that rest now
+            self._note_awake()
         return result
+
+    def _note_awake(self) -> None:
+        if not (self.asleep or self._falls_asleep):
+            self._level = 0
 
     def _as_ours(self, call: Callable[[], Any], *, resume: bool = True) -> Any:
         before = self._ours, self._no_resume
@@ -98,6 +106,7 @@ class Gate:
             return result
         answer: Future[Any] = Future()
         self._woken, self._wake_wanted = (answer, result), None
+        self._note_awake()
         wanted.set_result(self.state())
         return answer
 
@@ -116,29 +125,33 @@ class Gate:
         """Which process this is, and whether its owner has it asleep: the level, 0 is awake."""
         return {"asleep": self._sleep_level(), "process": dataclasses.astuple(process(os.getpid()))}
 
-    def _sleep_level(self) -> int:
-        return (self._level or 1) if self.asleep else 0
+    @property
+    def _falls_asleep(self) -> bool:
+        """Whether its owner has put it to sleep, which waits for requests."""
+        return self._owners_rest is not None and self._owners_rest[0] == "sleep" and not self._owners_rest[1].done()
 
-    def read(self, begin: bool) -> dict[str, Any]:
+    def _sleep_level(self) -> int:
+        return (self._level or 1) if self.asleep or self._falls_asleep else 0
+
+    def read(self, begin: bool) -> Any:
         """Ranks begin or end to read parameters. Asleep, nothing begins."""
-        self._reading = begin and not self.asleep
-        self._do_waiting()
-        return self.state()
+        self._reading = begin and not self._sleep_level()
+        return self._answered(self.state())
 
     def await_wake(self) -> Any:
         """A future of the wake-up, after which the scheduler still rests: open a window, or let it go on."""
-        if not self.asleep:
+        if not self._sleep_level():
             return self.state()
         self._wake_wanted = self._wake_wanted or Future()
         return self._wake_wanted
 
-    def let_wake(self) -> dict[str, Any]:
+    def let_wake(self) -> Any:
         """No window is wanted on waking any longer; one that is held goes on."""
         wanted, self._wake_wanted = self._wake_wanted, None
         if wanted is not None:
             wanted.set_result(self.state())
         self._end_held_wake()
-        return self.state()
+        return self._answered(self.state())
 
     def _end_held_wake(self) -> None:
         if self._woken is not None:
@@ -156,7 +169,7 @@ class Gate:
         """
         entered: Future[Any] = Future()
         self._entering = entered
-        rests = self._owners_rest
+        rests = self._owners_rest[1] if self._owners_rest is not None else None
         if rests is None or rests.done():
             return self._enter_now(mode)
         # The owner's pause or sleep is on its way and waits for requests, which our pause would stop.
@@ -172,9 +185,11 @@ class Gate:
         state = self._core.scheduler.pause_state
         # Woken for this window: its owner wants it to run.
         self._owners_state = type(state).UNPAUSED if self._woken is not None else state
+        # What its owner holds still, requests and all, is neither run on nor aborted.
+        how = "keep" if self._owners_state == type(state).PAUSED_ALL else _VLLM_MODES[mode]
         self._open, self._serial = True, self._serial + 1
         try:
-            pausing = self._as_ours(lambda: self._core.pause_scheduler(_VLLM_MODES[mode], False))
+            pausing = self._as_ours(lambda: self._core.pause_scheduler(how, False))
         except BaseException:
             self._open = False
             raise
@@ -190,7 +205,11 @@ class Gate:
             return "a window is open already"
         if self.asleep:
             return "the engine is asleep"
-        if mode == "keep" and self._core.vllm_config.model_config.is_multimodal_model:
+        config = self._core.vllm_config
+        if mode == "keep" and config.kv_transfer_config is not None:
+            # It knows requests in flight by the names that their blocks had before the salt.
+            return "inflight=keep is not for engines with a KV connector; take recompute, drain or abort"
+        if mode == "keep" and config.model_config.is_multimodal_model:
             # Requests in flight would go on over what an encoder computed with the old weights.
             return "inflight=keep is for text models only; take recompute, drain or abort"
         return ""
@@ -216,7 +235,7 @@ class Gate:
             self._core.reset_encoder_cache()
         return done
 
-    def leave(self, salt: str) -> dict[str, Any]:
+    def leave(self, salt: str) -> Any:
         """Closes the window, if one is open. The scheduler goes on, unless the owner had paused it.
 
         A `salt` names the weights that new requests must not share blocks across; "" leaves names as they are.
@@ -235,8 +254,11 @@ class Gate:
             self._as_ours(self._core.resume_scheduler)
         resumed = not self._owners_pause
         self._end_held_wake()
-        self._do_waiting()
-        return {"resumed": resumed}
+        return self._answered({"resumed": resumed})
+
+    def _answered(self, answer: dict[str, Any]) -> Any:
+        """The answer; where calls of the owner have waited for it, they are done after it: a sleep takes its time."""
+        return _AnsweredFirst(answer, self._do_waiting) if self._waiting else answer
 
     def salted(self, request: Any) -> None:
         """The request's blocks get other names than those of the weights before; its own salt still counts."""
@@ -246,6 +268,19 @@ class Gate:
         request.cache_salt = f"{self.salt}:{own}"
         request.block_hashes.clear()
         request.update_block_hashes()
+
+
+class _AnsweredFirst(Future[Any]):
+    """An answer that is on its way before `then` begins: vLLM sends a future's from the callback it adds."""
+
+    def __init__(self, answer: dict[str, Any], then: Callable[[], None]) -> None:
+        super().__init__()
+        self.set_result(answer)
+        self._then = then
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], Any]) -> None:
+        super().add_done_callback(fn)
+        self._then()
 
 
 def _settle(waits: "Future[Any]", call: Callable[[], Any]) -> None:

@@ -5,8 +5,40 @@ import sys
 from typing import Any
 
 
+# KV connectors that drop what they keep when vLLM resets its caches, and those that keep nothing between requests.
+_RESETTABLE = {"OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector"}
+_TRANSFER_ONLY = {
+    *("NixlConnector", "NixlPullConnector", "NixlPushConnector", "P2pNcclConnector"),
+    *("MooncakeConnector", "MoRIIOConnector", "DecodeBenchConnector"),
+}
+
+
 def unsupported(front_end: Any) -> str:
     """Why this engine cannot follow updates; empty when it can. `front_end` is an AsyncLLM or an LLMEngine."""
+    return _unsupported_parallel(front_end) or _outside_caches(front_end.vllm_config)
+
+
+def _outside_caches(config: Any) -> str:
+    """Why what was computed with old weights would outlive them outside of the engine; or empty."""
+    names = _connectors(config.kv_transfer_config)
+    if unknown := sorted(set(names) - _RESETTABLE - _TRANSFER_ONLY):
+        return f"its KV connector {', '.join(unknown)} would serve what old weights computed: vLLM cannot clear it"
+    if getattr(config, "ec_transfer_config", None) is not None:
+        return "its encoder cache connector would serve what old weights computed: vLLM cannot clear it"
+    return ""
+
+
+def _connectors(transfer: Any) -> list[str]:
+    """The names of the KV connectors, those behind a MultiConnector for itself."""
+    if transfer is None or transfer.kv_connector is None:
+        return []
+    if transfer.kv_connector != "MultiConnector":
+        return [transfer.kv_connector]
+    behind = transfer.kv_connector_extra_config.get("connectors", [])
+    return [str(one.get("kv_connector")) for one in behind]
+
+
+def _unsupported_parallel(front_end: Any) -> str:
     parallel = front_end.vllm_config.parallel_config
     if not hasattr(front_end.engine_core, "core_engines"):
         return (
@@ -23,6 +55,9 @@ def unsupported(front_end: Any) -> str:
 
 def _unsupported_data_parallel(front_end: Any, parallel: Any) -> str:
     """All engines of a data parallel server form one replica, so this front end must reach every one of them."""
+    if front_end.vllm_config.model_config.is_moe:
+        # Its engines step together: one that rests while another steps on blocks both for ever.
+        return "data parallel engines of an expert model are not supported; tensor parallel ones are"
     if parallel.data_parallel_backend == "ray":
         return "its data parallel engines belong to Ray; the multiprocessing backend is supported"
     if len(front_end.engine_core.core_engines) != parallel.data_parallel_size:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from hotweights.coordinator.rules import events as e
 from hotweights.coordinator.rules.fleet import note_available
-from hotweights.coordinator.rules.orders import NoteKind
+from hotweights.coordinator.rules.orders import End, NoteKind
 from hotweights.coordinator.rules.records import Member, Outcome, Phase, Ticket, UpdateRecord
 from hotweights.coordinator.rules.state import Node, Seat
 from hotweights.coordinator.rules.turn import Turn
@@ -168,7 +168,10 @@ def apply_failed(turn: Turn, seat: Seat, event: e.ApplyFailed) -> None:
 def deferred(turn: Turn, seat: Seat, event: e.Deferred) -> None:
     """Its owner has it asleep: nothing of it serves, so there is time, until it wakes or the update goes back."""
     member = _answered(turn, seat, event.update, event.ticket)
-    if member is None or member.outcome is not Outcome.APPLYING:
+    if member is None:
+        _call_back(turn, seat, event.update)
+        return
+    if member.outcome is not Outcome.APPLYING:
         return
     update = turn.updates[event.update]
     if seat.id not in effort_of(turn, update).deferred:
@@ -176,6 +179,17 @@ def deferred(turn: Turn, seat: Seat, event: e.Deferred) -> None:
         turn.note_update(NoteKind.REPLICA_DEFERRED, update, f"{seat.id}: {event.reason}", replica=seat.id)
     defer(turn, update, seat.id)
     turn.touch(update.model)
+
+
+def _call_back(turn: Turn, seat: Seat, update_id: str) -> None:
+    """It waits for a wake-up on an order that was taken back while it was away, so that any order ends the wait."""
+    update = turn.updates.get(update_id)
+    if not any(seat.id in other.members for other in turn.open_updates(seat.model)):
+        turn.tell(seat, End(committed=False), update_id)
+    elif update is not None and update.phase.is_open and update.members[seat.id].outcome is Outcome.RESTORING:
+        # The way back was lost with the stream: it is asked again.
+        turn.put_member(update_id, replace(update.members[seat.id], outcome=Outcome.FAILED))
+        turn.touch(update.model)
 
 
 def active_changed(turn: Turn, seat: Seat, event: e.ActiveChanged) -> None:

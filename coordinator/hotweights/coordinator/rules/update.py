@@ -266,9 +266,12 @@ def _window_s(turn: Turn, update: UpdateRecord) -> float:
 
 
 def defer(turn: Turn, update: UpdateRecord, replica: str) -> None:
-    """Its window opens when it wakes: the deadline of its report is put off, and it can be called back at once."""
-    effort = effort_of(turn, update)
-    due = turn.now + update.options.asleep_deadline_s + _window_s(turn, update)
+    """Its window opens when it wakes: the deadline of its report is put off, and it can be called back at once.
+
+    What it could not check asleep it checks then, in the time of an apply.
+    """
+    effort, options = effort_of(turn, update), update.options
+    due = turn.now + options.asleep_deadline_s + options.apply_deadline_s + _window_s(turn, update)
     if replica not in effort.deferred:
         changed = replace(effort, due={**effort.due, replica: due}, deferred=effort.deferred | {replica})
         turn.efforts.put(update.id, changed)

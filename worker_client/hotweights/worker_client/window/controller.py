@@ -21,7 +21,7 @@ from hotweights.wire import failpoints
 from hotweights.wire.errors import HotweightsError
 from hotweights.worker_client.window.engine import Engine, EngineFailed, PauseMode, Status
 from hotweights.worker_client.window.identify import FAILED, Images, Processes, fingerprint, identify_folder, meet
-from hotweights.worker_client.window.sleep import Sleep
+from hotweights.worker_client.window.sleep import CALLED_BACK, Sleep
 from hotweights.worker_client.window.window import (
     Outcome,
     Unanswered,
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 ORDERS_MAX = 8
 CALL_DEADLINE_S = 10.0
 PREPARE_DEADLINE_S = 600.0
+RELEASE_DEADLINE_S = 60.0
+RELEASE_POLL_S = 0.1
 POLL_S = 0.02
 
 _MODES: dict[int, PauseMode] = {
@@ -130,9 +132,9 @@ class ReplicaController:
         self._engine = engine
         self._connect_agent = connect_agent
         self._clock = clock
-        self._sleep = Sleep(engine, self._say)
-        self._stream = open_stream(self._hello, self._on_order, self._welcomed)
         self._orders: asyncio.Queue[_Taken] = asyncio.Queue(ORDERS_MAX)
+        self._sleep = Sleep(engine, self._say, lambda: bool(self.torn), lambda: not self._orders.empty())
+        self._stream = open_stream(self._hello, self._on_order, self._welcomed)
         self._agent: Images | None = None
         self._mapped: set[bytes] = set()
         self._prepared: _Prepared | None = None
@@ -313,10 +315,10 @@ class ReplicaController:
             # Asked again: what the ranks have read by now is what was verified, or the agent says that it is not.
             await within(deadline_s, "the agent", agent.map_image(digest, self._identity.replica_id))
         except (PrepareRefused, HotweightsError, Unanswered):
-            await self._unmap()
+            await self._unmap(RELEASE_DEADLINE_S)  # others may read on: until then it must not fall asleep
             raise
         before, spoilt = fingerprints(answers), any(answer.get("caches_spoilt") for answer in answers)
-        if self.active_digest and not self.fingerprints:
+        if self.active_digest and not self.fingerprints and not self._lost_weights:
             self.fingerprints = self._known[self.active_digest] = before
         self._prepared = _Prepared(digest, folder, before, check_finite, spoilt)
 
@@ -350,8 +352,7 @@ class ReplicaController:
             log.info("now serving %s; paused %.1f ms", order.version or "the base", _paused_ms(window))
             return
         log.warning("window of %s: %s, %s", order.version, result.outcome.value, result.reason)
-        if result.outcome is Outcome.TORN:
-            self.torn = result.reason
+        if self.torn:
             ended = "The engine stays paused" if self._torn_stays else "The processes of the engine were ended"
             log.error("TORN: %s. %s: it may be half-written. Restart the server.", result.reason, ended)
         failed.failure, failed.reason = _FAILURES[result.outcome], result.reason
@@ -361,6 +362,8 @@ class ReplicaController:
     async def _apply(self, taken: _Taken) -> WindowResult:
         order = taken.order.apply
         target = order.manifest_digest
+        if order.restore:
+            taken.arrived = self._clock()  # however long it waited behind what it takes back
         if order.restore and self._kept is not None and target in (self._kept.digest, b""):
             proof = self._kept.fingerprints
             return await self._awake(taken, lambda: self._run(taken, "", proof))
@@ -376,23 +379,34 @@ class ReplicaController:
         await self._prepare(target, taken.order.apply.apply_deadline_s or PREPARE_DEADLINE_S)
         if self._prepared is None or self._prepared.digest != target:
             return WindowResult(Outcome.EXPIRED, "the engine fell asleep again before its window")
+        if self._sleep.called_back:
+            return WindowResult(Outcome.EXPIRED, CALLED_BACK)
+        if self._sleep.deferred is not None or taken.order.apply.restore:
+            taken.arrived = self._clock()
         return await self._run(taken, str(self._prepared.folder), self._known.get(target, ()))
 
     async def _awake(self, taken: _Taken, open_window: Callable[[], Awaitable[WindowResult]]) -> WindowResult:
-        """The window's result; of an engine that is asleep, opened when its owner wakes it, before anything runs."""
+        """The window's result; of an engine that is asleep, opened when its owner wakes it, before anything runs.
+
+        One that was asleep when its image was staged has that still to check, and says so: GO allows no time for it.
+        """
+        order = taken.order
         level = await self._sleep.level()
-        if not level:
+        ready = order.apply.restore or _holds(self._prepared, order.apply.manifest_digest, check_finite=False)
+        if ready and not level:
             return await open_window()
-        self._open_window = taken.order.update_id or "?"  # so that a reconnect is not taken for a lost order
-        self._lost_weights = level > 1 and self._processes.lose_weights_asleep and self._prepared is None
+        self._open_window = order.update_id or "?"  # so that a reconnect is not taken for a lost order
+        self._lost_weights = level > 1 and self._processes.lose_weights_asleep and not ready
         try:
-            if reason := await self._sleep.wait_for_wake(taken.order, level):
+            if not level:
+                self._sleep.defer(order, "was asleep when it was staged; its window opens when that is checked")
+            elif reason := await self._sleep.wait_for_wake(order, level):
                 return WindowResult(Outcome.EXPIRED, reason)
             taken.arrived = self._clock()
             return await open_window()
         finally:
-            self._open_window, self._lost_weights = "", False
-            if not self.torn:
+            self._open_window, self._lost_weights, self._sleep.deferred = "", False, None
+            if level and not self.torn:
                 await self._sleep.let_wake()
 
     async def _run(self, taken: _Taken, folder: str, expected: tuple[bytes, ...]) -> WindowResult:
@@ -412,6 +426,8 @@ class ReplicaController:
         self._open_window = taken.order.update_id or "?"
         result = await run_window(self._engine, window, before, self._clock)
         self._open_window = ""
+        if result.outcome is Outcome.TORN:
+            self.torn = result.reason
         if result.outcome is Outcome.APPLIED:
             self._applied(order, result, before, went_back=not folder)
         return result
@@ -435,9 +451,14 @@ class ReplicaController:
         except (Unanswered, EngineFailed, Unproven) as error:
             log.warning("the ranks could not let go of the update: %s", error)
 
-    async def _unmap(self) -> None:
+    async def _unmap(self, wait_s: float = 0.0) -> None:
+        """Asks the ranks to let go; those that still prepare, again for `wait_s`."""
         self._prepared = self._kept = None
+        ends = self._clock() + wait_s
         answers = await call_ranks(self._engine, "hotweights_release", CALL_DEADLINE_S)
+        while refusals(answers) and self._clock() < ends:
+            await asyncio.sleep(RELEASE_POLL_S)
+            answers = await call_ranks(self._engine, "hotweights_release", CALL_DEADLINE_S)
         if failed := refusals(answers):
             # Still mapped somewhere: the agent must keep the files, so it is not told.
             log.warning("images stay mapped: %s", failed)

@@ -30,6 +30,7 @@ CALL_DEADLINE_S = 10.0
 FOLDER_DEADLINE_S = 3600.0
 FINGERPRINT_DEADLINE_S = 600.0
 POLL_S = 0.02
+AGAIN_S = 0.5
 RETRY_S = 5.0
 
 # What may go wrong outside this process; anything else is a bug and ends the controller with its traceback.
@@ -108,7 +109,7 @@ async def fingerprint(
                     if all(answer["done"] for answer in answers):
                         return fingerprints(answers)
                     await asyncio.sleep(POLL_S)
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(AGAIN_S)
     except (EngineFailed, Unanswered, Unproven) as error:
         log.warning("no fingerprint of what is served: %s", error)
     return ()

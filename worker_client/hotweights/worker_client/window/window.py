@@ -146,9 +146,9 @@ class Window:
             reason = str(error)
             await self._kill(reason)
             return WindowResult(Outcome.TORN, reason, self._times)
-        except Exception as bug:
-            # The controller ends by it, and nobody would ever resume the engine.
-            await self._kill(f"a bug in the window: {bug!r}")
+        except BaseException as bug:
+            # The controller ends by it, cancelled or by a bug, and nobody would ever resume the engine.
+            await self._kill(f"the window was broken off: {bug!r}")
             raise
 
     async def _open(self) -> WindowResult:
