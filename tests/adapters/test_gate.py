@@ -1,4 +1,4 @@
-"""The gate on a core in memory: calls of the engine's owner in every order around a window. Real cores: test_vllm_gate."""
+"""The gate on a core in memory: calls of the owner in every order around a window. Real cores: test_vllm_gate."""
 
 import enum
 from collections.abc import Callable

@@ -4,7 +4,6 @@ import multiprocessing
 import sys
 from typing import Any
 
-
 # KV connectors that drop what they keep when vLLM resets its caches, and those that keep nothing between requests.
 _RESETTABLE = {"OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector"}
 _TRANSFER_ONLY = {

@@ -19,8 +19,9 @@ from hotweights.v1 import fleet_pb2, model_pb2, update_pb2
 from hotweights.v1 import worker_service_pb2 as pb
 from hotweights.wire import failpoints
 from hotweights.wire.errors import HotweightsError
-from hotweights.worker_client.window.engine import Engine, EngineFailed, PauseMode, Status
+from hotweights.worker_client.window.engine import Engine, EngineFailed, PauseMode
 from hotweights.worker_client.window.identify import FAILED, Images, Processes, fingerprint, identify_folder, meet
+from hotweights.worker_client.window.prepare import RELEASE_DEADLINE_S, PrepareRefused, Preparing
 from hotweights.worker_client.window.sleep import CALLED_BACK, Sleep
 from hotweights.worker_client.window.window import (
     Outcome,
@@ -28,11 +29,7 @@ from hotweights.worker_client.window.window import (
     Unproven,
     WindowOrder,
     WindowResult,
-    call_ranks,
-    fingerprints,
-    refusals,
     run_window,
-    within,
 )
 
 log = logging.getLogger(__name__)
@@ -40,9 +37,6 @@ log = logging.getLogger(__name__)
 ORDERS_MAX = 8
 CALL_DEADLINE_S = 10.0
 PREPARE_DEADLINE_S = 600.0
-RELEASE_DEADLINE_S = 60.0
-RELEASE_POLL_S = 0.1
-POLL_S = 0.02
 
 _MODES: dict[int, PauseMode] = {
     update_pb2.INFLIGHT_DRAIN: "drain",
@@ -71,10 +65,6 @@ OpenStream = Callable[
 ]
 
 
-class PrepareRefused(Exception):
-    """The image cannot be applied here; the text says why. Nothing that serves was touched."""
-
-
 @dataclass(frozen=True)
 class Identity:
     """Who the replica is, and what it asks for."""
@@ -84,17 +74,6 @@ class Identity:
     model: str = ""
     policy: model_pb2.ModelPolicy = model_pb2.MODEL_POLICY_UNSPECIFIED
     name_map: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """An image that every rank has mapped and checked."""
-
-    digest: bytes
-    folder: Path
-    before: tuple[bytes, ...]
-    checked_finite: bool
-    caches_spoilt: bool
 
 
 @dataclass(frozen=True)
@@ -130,14 +109,11 @@ class ReplicaController:
         self._torn_stays = torn_stays
         self._processes = Processes()
         self._engine = engine
-        self._connect_agent = connect_agent
         self._clock = clock
         self._orders: asyncio.Queue[_Taken] = asyncio.Queue(ORDERS_MAX)
         self._sleep = Sleep(engine, self._say, lambda: bool(self.torn), lambda: not self._orders.empty())
         self._stream = open_stream(self._hello, self._on_order, self._welcomed)
-        self._agent: Images | None = None
-        self._mapped: set[bytes] = set()
-        self._prepared: _Prepared | None = None
+        self._preparing = Preparing(engine, connect_agent, identity.replica_id, identity.name_map, clock)
         self._to_check = b""
         self._kept: _Kept | None = None
         self._known: dict[bytes, tuple[bytes, ...]] = {}
@@ -182,8 +158,7 @@ class ReplicaController:
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        if self._agent is not None:
-            await self._agent.close()
+        await self._preparing.close()
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
                 raise result
@@ -220,7 +195,7 @@ class ReplicaController:
         """Finds out what the engine was started on, beside everything else."""
         digest, note = b"", "the engine was not started from a checkpoint folder"
         if self._engine.facts.folder:
-            digest, note = await identify_folder(self._images, Path(self._engine.facts.folder))
+            digest, note = await identify_folder(self._preparing.agent, Path(self._engine.facts.folder))
         proof = await fingerprint(self._engine, self._sleep, lambda: bool(self.torn), lambda: bool(self._open_window))
         self._identified = True
         if self.active_digest or self._open_window or self._kept is not None:
@@ -233,11 +208,6 @@ class ReplicaController:
 
     def _say(self, report: pb.Report) -> None:
         self._stream.report(report)
-
-    async def _images(self) -> Images:
-        if self._agent is None:
-            self._agent = await within(CALL_DEADLINE_S * 3, "the agent", self._connect_agent())
-        return self._agent
 
     # Orders
 
@@ -287,7 +257,7 @@ class ReplicaController:
         report.prepared.base_digest = self.active_digest
 
     async def _prepare(self, digest: bytes, deadline_s: float) -> None:
-        """Every rank maps and checks. Raises PrepareRefused and what fails outside.
+        """The agent maps, every rank checks. Raises PrepareRefused and what fails outside.
 
         Asleep, the engine's parameters cannot be read: then all of it is done once it wakes, in its window.
         """
@@ -295,42 +265,22 @@ class ReplicaController:
             if level:
                 log.info("the engine is asleep at level %d: what was staged is checked when it wakes", level)
                 return
-            await self._prepare_ranks(digest, deadline_s)
+            await self._prepare_awake(digest, deadline_s)
 
-    async def _prepare_ranks(self, digest: bytes, deadline_s: float) -> None:
+    async def _prepare_awake(self, digest: bytes, deadline_s: float) -> None:
         check_finite = digest == self._to_check
-        if digest == self.active_digest or _holds(self._prepared, digest, check_finite):
+        if digest == self.active_digest or self._preparing.holds(digest, check_finite=check_finite):
             return
-        ends = self._clock() + deadline_s
-        agent = await self._images()
-        folder = await within(deadline_s, "the agent", agent.map_image(digest, self._identity.replica_id))
-        self._mapped.add(digest)
-        self._prepared = self._kept = None  # the ranks drop what they had for this
+        folder = await self._preparing.map(digest, deadline_s)
+        self._kept = None  # the ranks drop it for this
         try:
-            plain = str(folder), dict(self._identity.name_map), {"check_finite": check_finite}
-            answers = await call_ranks(self._engine, "hotweights_prepare", CALL_DEADLINE_S, *plain)
-            if failed := refusals(answers):
-                raise PrepareRefused(failed)
-            answers = await self._poll_prepared(ends, deadline_s)
-            # Asked again: what the ranks have read by now is what was verified, or the agent says that it is not.
-            await within(deadline_s, "the agent", agent.map_image(digest, self._identity.replica_id))
+            prepared = await self._preparing.check(digest, folder, deadline_s, check_finite=check_finite)
         except (PrepareRefused, HotweightsError, Unanswered):
-            await self._unmap(RELEASE_DEADLINE_S)  # others may read on: until then it must not fall asleep
+            # Other ranks may read on: until they have stopped, the engine must not fall asleep.
+            await self._preparing.release(self.active_digest, RELEASE_DEADLINE_S)
             raise
-        before, spoilt = fingerprints(answers), any(answer.get("caches_spoilt") for answer in answers)
         if self.active_digest and not self.fingerprints and not self._lost_weights:
-            self.fingerprints = self._known[self.active_digest] = before
-        self._prepared = _Prepared(digest, folder, before, check_finite, spoilt)
-
-    async def _poll_prepared(self, ends: float, deadline_s: float) -> list[Status]:
-        while self._clock() < ends:
-            answers = await call_ranks(self._engine, "hotweights_prepared", CALL_DEADLINE_S)
-            if failed := refusals(answers):
-                raise PrepareRefused(failed)
-            if all(answer["done"] for answer in answers):
-                return answers
-            await asyncio.sleep(POLL_S)
-        raise Unanswered("preparing", deadline_s)
+            self.fingerprints = self._known[self.active_digest] = prepared.before
 
     async def _do_apply(self, taken: _Taken, report: pb.Report) -> None:
         order = taken.order.apply
@@ -377,13 +327,14 @@ class ReplicaController:
     async def _apply_image(self, taken: _Taken) -> WindowResult:
         target = taken.order.apply.manifest_digest
         await self._prepare(target, taken.order.apply.apply_deadline_s or PREPARE_DEADLINE_S)
-        if self._prepared is None or self._prepared.digest != target:
+        prepared = self._preparing.prepared
+        if prepared is None or prepared.digest != target:
             return WindowResult(Outcome.EXPIRED, "the engine fell asleep again before its window")
         if self._sleep.called_back:
             return WindowResult(Outcome.EXPIRED, CALLED_BACK)
         if self._sleep.deferred is not None or taken.order.apply.restore:
             taken.arrived = self._clock()
-        return await self._run(taken, str(self._prepared.folder), self._known.get(target, ()))
+        return await self._run(taken, str(prepared.folder), self._known.get(target, ()))
 
     async def _awake(self, taken: _Taken, open_window: Callable[[], Awaitable[WindowResult]]) -> WindowResult:
         """The window's result; of an engine that is asleep, opened when its owner wakes it, before anything runs.
@@ -392,7 +343,7 @@ class ReplicaController:
         """
         order = taken.order
         level = await self._sleep.level()
-        ready = order.apply.restore or _holds(self._prepared, order.apply.manifest_digest, check_finite=False)
+        ready = order.apply.restore or self._preparing.holds(order.apply.manifest_digest)
         if ready and not level:
             return await open_window()
         self._open_window = order.update_id or "?"  # so that a reconnect is not taken for a lost order
@@ -410,7 +361,7 @@ class ReplicaController:
                 await self._sleep.let_wake()
 
     async def _run(self, taken: _Taken, folder: str, expected: tuple[bytes, ...]) -> WindowResult:
-        order, prepared = taken.order.apply, self._prepared
+        order, prepared = taken.order.apply, self._preparing.prepared
         before = self.fingerprints if prepared is None else prepared.before
         window = WindowOrder(
             folder=folder,
@@ -438,7 +389,7 @@ class ReplicaController:
             self.active_digest, self._kept = self._kept.digest, None
         else:
             self._kept = _Kept(self.active_digest, self.active_version, before)
-            self.active_digest, self._prepared = order.manifest_digest, None
+            self.active_digest, self._preparing.prepared = order.manifest_digest, None
         self.active_version = order.version
         self.fingerprints = result.fingerprints
         if self.active_digest:
@@ -447,30 +398,10 @@ class ReplicaController:
     async def _do_end(self) -> None:
         """The way back may go: copies are dropped, images that are not served are unmapped and released."""
         try:
-            await self._unmap()
+            self._kept = None
+            await self._preparing.release(self.active_digest)
         except (Unanswered, EngineFailed, Unproven) as error:
             log.warning("the ranks could not let go of the update: %s", error)
-
-    async def _unmap(self, wait_s: float = 0.0) -> None:
-        """Asks the ranks to let go; those that still prepare, again for `wait_s`."""
-        self._prepared = self._kept = None
-        ends = self._clock() + wait_s
-        answers = await call_ranks(self._engine, "hotweights_release", CALL_DEADLINE_S)
-        while refusals(answers) and self._clock() < ends:
-            await asyncio.sleep(RELEASE_POLL_S)
-            answers = await call_ranks(self._engine, "hotweights_release", CALL_DEADLINE_S)
-        if failed := refusals(answers):
-            # Still mapped somewhere: the agent must keep the files, so it is not told.
-            log.warning("images stay mapped: %s", failed)
-            return
-        for digest in sorted(self._mapped - {self.active_digest}):
-            try:
-                agent = await self._images()
-                await within(CALL_DEADLINE_S, "the agent", agent.release_image(digest, self._identity.replica_id))
-            except (HotweightsError, Unanswered, OSError) as error:
-                log.warning("the agent did not take back image %s: %s", digest.hex()[:12], error)
-                continue
-            self._mapped.discard(digest)
 
     def _window_times(self, result: WindowResult, arrived: float) -> update_pb2.WindowTimes:
         return update_pb2.WindowTimes(
@@ -479,11 +410,6 @@ class ReplicaController:
             resume_ms=result.times.resume_ms,
             total_ms=(self._clock() - arrived) * 1000.0,
         )
-
-
-def _holds(prepared: _Prepared | None, digest: bytes, check_finite: bool) -> bool:
-    """Whether that much was prepared already."""
-    return prepared is not None and prepared.digest == digest and (prepared.checked_finite or not check_finite)
 
 
 def _mode(order: pb.ApplyImage, *, clears_caches: bool) -> PauseMode:

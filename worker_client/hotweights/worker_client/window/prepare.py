@@ -1,0 +1,134 @@
+"""Before the pause: the node's agent maps an image, every rank checks it and makes ready what will be written.
+
+digest --the agent maps--> folder --every rank: compare, copy, hash, assemble--> Prepared --release--> nothing is held
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hotweights.wire.errors import HotweightsError
+from hotweights.worker_client.window.engine import Engine, Status
+from hotweights.worker_client.window.identify import Images
+from hotweights.worker_client.window.window import Unanswered, call_ranks, fingerprints, refusals, within
+
+log = logging.getLogger(__name__)
+
+CALL_DEADLINE_S = 10.0
+RELEASE_DEADLINE_S = 60.0
+RELEASE_POLL_S = 0.1
+POLL_S = 0.02
+
+
+class PrepareRefused(Exception):
+    """The image cannot be applied here; the text says why. Nothing that serves was touched."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image that every rank has mapped and checked."""
+
+    digest: bytes
+    folder: Path
+    before: tuple[bytes, ...]
+    """What the ranks proved to serve meanwhile."""
+    checked_finite: bool
+    caches_spoilt: bool
+
+
+class Preparing:
+    """Of one engine. Use from the controller's loop only."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        connect_agent: Callable[[], Awaitable[Images]],
+        replica_id: str,
+        name_map: Mapping[str, str],
+        clock: Callable[[], float],
+    ) -> None:
+        self._engine = engine
+        self._connect_agent = connect_agent
+        self._replica_id = replica_id
+        self._name_map = dict(name_map)
+        self._clock = clock
+        self._agent: Images | None = None
+        self._mapped: set[bytes] = set()
+        self.prepared: Prepared | None = None
+
+    def holds(self, digest: bytes, *, check_finite: bool = False) -> bool:
+        """Whether that much was prepared already."""
+        held = self.prepared
+        return held is not None and held.digest == digest and (held.checked_finite or not check_finite)
+
+    async def agent(self) -> Images:
+        """The node's agent. Raises Unanswered and what connecting raises."""
+        if self._agent is None:
+            self._agent = await within(CALL_DEADLINE_S * 3, "the agent", self._connect_agent())
+        return self._agent
+
+    async def map(self, digest: bytes, deadline_s: float) -> Path:
+        """Where the image lies on this node. Raises HotweightsError, Unanswered, OSError."""
+        agent = await self.agent()
+        folder = await within(deadline_s, "the agent", agent.map_image(digest, self._replica_id))
+        self._mapped.add(digest)
+        return folder
+
+    async def check(self, digest: bytes, folder: Path, deadline_s: float, *, check_finite: bool) -> Prepared:
+        """Every rank checks; what they had for another image, and copies of before it, they drop.
+
+        Raises PrepareRefused and what fails outside.
+        """
+        ends = self._clock() + deadline_s
+        self.prepared = None
+        plain = str(folder), self._name_map, {"check_finite": check_finite}
+        answers = await call_ranks(self._engine, "hotweights_prepare", CALL_DEADLINE_S, *plain)
+        if failed := refusals(answers):
+            raise PrepareRefused(failed)
+        answers = await self._poll(ends, deadline_s)
+        # Asked again: what the ranks have read by now is what was verified, or the agent says that it is not.
+        await self.map(digest, deadline_s)
+        spoilt = any(answer.get("caches_spoilt") for answer in answers)
+        self.prepared = Prepared(digest, folder, fingerprints(answers), check_finite, spoilt)
+        return self.prepared
+
+    async def _poll(self, ends: float, deadline_s: float) -> list[Status]:
+        while self._clock() < ends:
+            answers = await call_ranks(self._engine, "hotweights_prepared", CALL_DEADLINE_S)
+            if failed := refusals(answers):
+                raise PrepareRefused(failed)
+            if all(answer["done"] for answer in answers):
+                return answers
+            await asyncio.sleep(POLL_S)
+        raise Unanswered("preparing", deadline_s)
+
+    async def release(self, served: bytes, wait_s: float = 0.0) -> None:
+        """Asks the ranks to let go, those that still prepare again for `wait_s`; the agent takes back all but `served`.
+
+        Raises Unanswered, Unproven, EngineFailed.
+        """
+        self.prepared = None
+        ends = self._clock() + wait_s
+        answers = await call_ranks(self._engine, "hotweights_release", CALL_DEADLINE_S)
+        while refusals(answers) and self._clock() < ends:
+            await asyncio.sleep(RELEASE_POLL_S)
+            answers = await call_ranks(self._engine, "hotweights_release", CALL_DEADLINE_S)
+        if failed := refusals(answers):
+            # Still mapped somewhere: the agent must keep the files, so it is not told.
+            log.warning("images stay mapped: %s", failed)
+            return
+        for digest in sorted(self._mapped - {served}):
+            try:
+                agent = await self.agent()
+                await within(CALL_DEADLINE_S, "the agent", agent.release_image(digest, self._replica_id))
+            except (HotweightsError, Unanswered, OSError) as error:
+                log.warning("the agent did not take back image %s: %s", digest.hex()[:12], error)
+                continue
+            self._mapped.discard(digest)
+
+    async def close(self) -> None:
+        """Lets go of the agent."""
+        if self._agent is not None:
+            await self._agent.close()
