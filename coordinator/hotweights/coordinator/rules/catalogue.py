@@ -15,8 +15,9 @@ from hotweights.coordinator.rules.records import (
 )
 from hotweights.coordinator.rules.state import Seat
 from hotweights.coordinator.rules.turn import Turn
-from hotweights.coordinator.rules.update import SUPERSEDED, abort, any_window_out, cancel
+from hotweights.coordinator.rules.update import SUPERSEDED, abort, cancel
 from hotweights.coordinator.rules.waves import check_options, plan_waves
+from hotweights.coordinator.rules.windows import any_window_out
 
 ENDED_UPDATES_MAX = 100
 NAME_LENGTH_MAX = 200

@@ -14,7 +14,8 @@ from hotweights.coordinator.rules.records import (
 )
 from hotweights.coordinator.rules.state import Node, Seat
 from hotweights.coordinator.rules.turn import Turn
-from hotweights.coordinator.rules.update import effort_of, fail_member
+from hotweights.coordinator.rules.update import fail_member
+from hotweights.coordinator.rules.windows import effort_of
 
 
 def agent_attached(turn: Turn, event: e.AgentAttached) -> None:

@@ -8,7 +8,8 @@ from hotweights.coordinator.rules.orders import End, NoteKind
 from hotweights.coordinator.rules.records import Member, Outcome, Phase, Ticket, UpdateRecord
 from hotweights.coordinator.rules.state import Node, Seat
 from hotweights.coordinator.rules.turn import Turn
-from hotweights.coordinator.rules.update import defer, effort_of, fail_member
+from hotweights.coordinator.rules.update import fail_member
+from hotweights.coordinator.rules.windows import defer, effort_of
 
 
 def stage_progressed(turn: Turn, node: Node, event: e.StageProgressed) -> None:

@@ -14,7 +14,7 @@ likes. A replica in doubt is rolled back, never assumed untouched.
 
 from dataclasses import replace
 
-from hotweights.coordinator.rules.orders import Apply, Declined, End, NoteKind, Prepare, Stage
+from hotweights.coordinator.rules.orders import Declined, End, NoteKind, Prepare, Stage
 from hotweights.coordinator.rules.records import (
     Decision,
     FailurePolicy,
@@ -22,12 +22,11 @@ from hotweights.coordinator.rules.records import (
     Member,
     Outcome,
     Phase,
-    Ticket,
     UpdateRecord,
 )
-from hotweights.coordinator.rules.state import Effort, Seat
 from hotweights.coordinator.rules.turn import Turn
 from hotweights.coordinator.rules.waves import share
+from hotweights.coordinator.rules.windows import effort_of, tell_apply, window_is_out
 
 # The reason of a catch-up's end that is nobody's failure.
 SUPERSEDED = "a fleet update takes its place"
@@ -52,20 +51,6 @@ def advance(turn: Turn, update_id: str) -> None:
                 return
         if turn.updates[update_id].phase is before.phase:
             return
-
-
-def effort_of(turn: Turn, update: UpdateRecord) -> Effort:
-    """This leader's work on the update; a new leader grants the phase its whole time again."""
-    effort = turn.efforts.get(update.id)
-    if effort is None:
-        wait_s = (
-            turn.limits.roll_back_deadline_s
-            if update.phase is Phase.ROLLING_BACK
-            else update.options.staging_deadline_s
-        )
-        effort = Effort(deadline_at=turn.now + wait_s)
-        turn.efforts.put(update.id, effort)
-    return effort
 
 
 def cancel(turn: Turn, update: UpdateRecord) -> None:
@@ -235,46 +220,8 @@ def _go(turn: Turn, update_id: str, member: Member) -> None:
         done = replace(member, outcome=Outcome.APPLIED, reason="served it already")
         turn.put_member(update_id, done)
         return
-    ticket = _tell_apply(turn, update, seat, update.target_digest, restore=False)
+    ticket = tell_apply(turn, update, seat, update.target_digest, restore=False)
     turn.put_member(update_id, replace(member, outcome=Outcome.APPLYING, ticket=ticket))
-
-
-def _tell_apply(turn: Turn, update: UpdateRecord, seat: Seat, digest: str, *, restore: bool) -> Ticket:
-    options, limits = update.options, turn.limits
-    version = turn.version_of(update.model, digest) if restore else update.target
-    action = Apply(
-        digest=digest,
-        version=version,
-        inflight=options.inflight,
-        validity_s=limits.go_validity_s,
-        quiesce_deadline_s=options.quiesce_deadline_s,
-        apply_deadline_s=options.apply_deadline_s,
-        asleep_deadline_s=options.asleep_deadline_s,
-        restore=restore,
-    )
-    ticket = turn.tell(seat, action, update.id)
-    effort = effort_of(turn, update)
-    due = turn.now + _window_s(turn, update)
-    turn.efforts.put(update.id, replace(effort, due={**effort.due, seat.id: due}, deferred=effort.deferred - {seat.id}))
-    return ticket
-
-
-def _window_s(turn: Turn, update: UpdateRecord) -> float:
-    """How long after GO the report of a window may take. Twice the apply: a failed one is undone before it."""
-    options, limits = update.options, turn.limits
-    return limits.go_validity_s + options.quiesce_deadline_s + 2 * options.apply_deadline_s + limits.report_margin_s
-
-
-def defer(turn: Turn, update: UpdateRecord, replica: str) -> None:
-    """Its window opens when it wakes: the deadline of its report is put off, and it can be called back at once.
-
-    What it could not check asleep it checks then, in the time of an apply.
-    """
-    effort, options = effort_of(turn, update), update.options
-    due = turn.now + options.asleep_deadline_s + options.apply_deadline_s + _window_s(turn, update)
-    if replica not in effort.deferred:
-        changed = replace(effort, due={**effort.due, replica: due}, deferred=effort.deferred | {replica})
-        turn.efforts.put(update.id, changed)
 
 
 def _end_overdue(turn: Turn, update_id: str) -> None:
@@ -378,23 +325,10 @@ def abort(turn: Turn, update: UpdateRecord, reason: str) -> None:
     turn.put_update(back)
     effort = effort_of(turn, back)
     # A GO that is out keeps its whole time, and the way back comes after it.
-    windows_end = [effort.due.get(m.replica, turn.now) for m in back.members.values() if _window_is_out(effort, m)]
+    windows_end = [effort.due.get(m.replica, turn.now) for m in back.members.values() if window_is_out(effort, m)]
     deadline_at = max([turn.now, *windows_end]) + turn.limits.roll_back_deadline_s
     turn.efforts.put(update.id, replace(effort, deadline_at=deadline_at))
     turn.note_update(NoteKind.UPDATE_PHASE, back, f"{update.id}: rolling back, {reason}")
-
-
-def any_window_out(turn: Turn, update: UpdateRecord) -> bool:
-    """Whether somebody had GO and may act on it without being woken first."""
-    deferred = effort_of(turn, update).deferred
-    return any(m.ticket is not None and m.replica not in deferred for m in update.members.values())
-
-
-def _window_is_out(effort: Effort, member: Member) -> bool:
-    """Whether a window of it is open or may open any moment: not of one that sleeps, which is called back instead."""
-    if member.outcome is Outcome.RESTORING:
-        return True
-    return member.outcome is Outcome.APPLYING and member.replica not in effort.deferred
 
 
 def _advance_rolling_back(turn: Turn, update: UpdateRecord) -> None:
@@ -414,8 +348,8 @@ def _advance_rolling_back(turn: Turn, update: UpdateRecord) -> None:
 def _take_back(turn: Turn, update_id: str, member: Member) -> None:
     update, effort = turn.updates[update_id], turn.efforts[update_id]
     ends_at = effort.deadline_at
-    window_is_out = _window_is_out(effort, member)
-    if window_is_out:
+    is_out = window_is_out(effort, member)
+    if is_out:
         ends_at = effort.due.get(member.replica, ends_at)
     overdue = turn.now >= ends_at
     lost = turn.seat_lost(turn.updates[update_id].model, member.replica)
@@ -423,11 +357,11 @@ def _take_back(turn: Turn, update_id: str, member: Member) -> None:
         why = "out of contact" if lost else "did not go back in time"
         turn.put_member(update_id, replace(member, outcome=Outcome.DIVERGED, reason=why))
         return
-    if window_is_out:
+    if is_out:
         return
     seat = turn.seats.get(member.replica)
     if seat is not None and seat.connected and not _busy(turn, update_id, seat.id):
-        ticket = _tell_apply(turn, update, seat, member.base, restore=True)
+        ticket = tell_apply(turn, update, seat, member.base, restore=True)
         turn.put_member(update_id, replace(member, outcome=Outcome.RESTORING, ticket=ticket))
 
 
