@@ -170,6 +170,16 @@ async def test_a_stranger_gets_to_the_health_check_and_nowhere_else(live: Live, 
         assert await let_in(live.channel, path, metadata, expected) == expected, path
 
 
+async def test_strangers_who_call_at_once_are_all_told_why(live: Live) -> None:
+    # A server that keeps no call waiting resets some of them: a bare CANCELLED, and no event.
+    for _ in range(4):
+        calls = (status(live, new_token()) for _ in range(25))
+        answers = await soon(asyncio.gather(*(refused(call) for call in calls)))
+        assert {(answer.code, answer.reason) for answer in answers} == {
+            (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_UNKNOWN")
+        }
+
+
 async def test_a_scheme_is_read_in_any_case(live: Live) -> None:
     metadata = (("authorization", f"bEARER  {TOKENS[Role.VIEWER]} "),)
     await soon(live.service.GetStatus(pb.GetStatusRequest(), metadata=metadata))
