@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -28,7 +29,8 @@ from hotweights.wire.channel import MANIFEST_BYTES_MAX, PAGE_BYTES_MAX
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
-PAGE_DEADLINE_S = 60.0
+# 600 s for the largest manifest are half a megabyte a second.
+PAGE_DEADLINE_S, PUBLICATION_DEADLINE_S = 60.0, 600.0
 LIST_SIZE, LIST_SIZE_MAX = 100, 1000
 PAGE_TOKEN_LENGTH_MAX = 18
 # What a manifest says is not believed: beyond 64 bits no answer could carry the sum, and no update plan its parts.
@@ -316,29 +318,41 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
 async def _read_publication(
     parts: AsyncIterator[pb.PublishVersionRequest],
 ) -> tuple[pb.PublishHeader, bytes]:
-    """Header and manifest of a PublishVersion stream, bounded in size and time."""
-    header: pb.PublishHeader | None = None
+    """Header and manifest of a PublishVersion stream, bounded in pages, size and time."""
+    due = time.monotonic() + PUBLICATION_DEADLINE_S
+    first = await _next_part(parts, due)
+    if first is None or first.WhichOneof("part") != "header":
+        raise _bad_publication("one header comes first, then the manifest's pages in order")
     pages: list[bytes] = []
-    size, count = 0, 0
-    while True:
-        try:
-            part = await asyncio.wait_for(anext(parts), PAGE_DEADLINE_S)
-        except StopAsyncIteration:
-            break
-        except asyncio.TimeoutError as error:
-            raise _bad_publication("the next page did not come in time") from error
-        if part.WhichOneof("part") == "header" and header is None:
-            header = part.header
-            continue
-        if header is None or part.WhichOneof("part") != "page" or part.page.index != len(pages):
+    count = 0
+    while (part := await _next_part(parts, due)) is not None:
+        if part.WhichOneof("part") != "page" or part.page.index != len(pages):
             raise _bad_publication("one header comes first, then the manifest's pages in order")
-        size, count = size + len(part.page.data), part.page.count
-        if size > MANIFEST_BYTES_MAX:
-            raise _bad_publication(f"the manifest is larger than {MANIFEST_BYTES_MAX} bytes")
+        count = count or part.page.count
+        _check_page(part.page, count)
         pages.append(part.page.data)
-    if header is None or len(pages) != count:
+    if len(pages) != count:
         raise _bad_publication(f"{len(pages)} of {count} manifest pages came")
-    return header, b"".join(pages)
+    return first.header, b"".join(pages)
+
+
+async def _next_part(parts: AsyncIterator[pb.PublishVersionRequest], due: float) -> pb.PublishVersionRequest | None:
+    """None at the stream's end. Raises Declined for one that takes too long."""
+    try:
+        return await asyncio.wait_for(anext(parts, None), min(PAGE_DEADLINE_S, due - time.monotonic()))
+    except asyncio.TimeoutError as error:
+        raise _bad_publication("the next page did not come in time") from error
+
+
+def _check_page(page: manifest_pb2.ManifestPage, count: int) -> None:
+    """Raises Declined for a page that no manifest of `count` pages has."""
+    if page.count != count or not 0 < count <= MANIFEST_BYTES_MAX // PAGE_BYTES_MAX or page.index >= count:
+        raise _bad_publication(
+            f"page {page.index} says there are {page.count} pages; a manifest is no larger than {MANIFEST_BYTES_MAX} "
+            f"bytes, in pages of {PAGE_BYTES_MAX}, all with the same count"
+        )
+    if not 0 < len(page.data) <= PAGE_BYTES_MAX:
+        raise _bad_publication(f"page {page.index} has {len(page.data)} bytes, a page has 1 to {PAGE_BYTES_MAX}")
 
 
 def _bad_publication(message: str) -> Declined:
