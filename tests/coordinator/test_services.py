@@ -305,6 +305,30 @@ async def test_lists_come_in_pages(live: Live) -> None:
     assert (names, token) == ([["v4", "v3"], ["v2", "v1"], ["v0"]], "")
 
 
+async def test_pages_and_watches_are_cut_by_bytes_too(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        await live.publish(f"v{i}")
+    monkeypatch.setattr(service_module, "LIST_BYTES_MAX", 2)
+    names, token = [], ""
+    for _ in range(3):
+        response = await soon(live.service.ListVersions(pb.ListVersionsRequest(page_token=token)))
+        names.append([version.name for version in response.versions])
+        token = response.next_page_token
+    assert (names, token) == ([["v2"], ["v1"], ["v0"]], "")
+    call = live.service.WatchEvents(pb.WatchEventsRequest(from_revision=1))
+    heard = [[event.version for event in (await soon(call.read())).events] for _ in range(3)]
+    assert heard == [["v0"], ["v1"], ["v2"]]
+    call.cancel()
+
+
+async def test_a_status_that_is_too_large_says_what_to_ask_for(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    await live.publish("v1")
+    monkeypatch.setattr(service_module, "MESSAGE_BYTES_MAX", 100)
+    refusal = await refused(live.service.GetStatus(pb.GetStatusRequest()))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STATUS_TOO_LARGE")
+    assert "ListNodes" in refusal.message
+
+
 async def test_replicas_and_nodes_are_listed(fleet: Live) -> None:
     (replica,) = (await soon(fleet.service.ListReplicas(pb.ListReplicasRequest(model="m")))).replicas
     assert (replica.id, replica.active_version, replica.connected) == ("r1", "v1", True)

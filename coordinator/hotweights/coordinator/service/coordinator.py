@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import blake3
@@ -24,7 +24,7 @@ from hotweights.coordinator.store import Compacted
 from hotweights.v1 import coordinator_service_pb2 as pb
 from hotweights.v1 import coordinator_service_pb2_grpc as rpc
 from hotweights.v1 import fleet_pb2, manifest_pb2
-from hotweights.wire.channel import MANIFEST_BYTES_MAX, PAGE_BYTES_MAX
+from hotweights.wire.channel import MANIFEST_BYTES_MAX, MESSAGE_BYTES_MAX, PAGE_BYTES_MAX
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
@@ -33,6 +33,8 @@ T = TypeVar("T")
 PAGE_DEADLINE_S, PUBLICATION_DEADLINE_S = 60.0, 600.0
 LIST_SIZE, LIST_SIZE_MAX = 100, 1000
 PAGE_TOKEN_LENGTH_MAX = 18
+# Half of what a message may have. An item that is larger comes alone.
+LIST_BYTES_MAX = MESSAGE_BYTES_MAX // 2
 # What a manifest says is not believed: beyond 64 bits no answer could carry the sum, and no update plan its parts.
 IMAGE_BYTES_MAX = 1 << 50
 # The store counts in signed 64 bits.
@@ -115,10 +117,8 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
             (v for v in state.versions.values() if request.model in ("", v.model)),
             key=lambda v: (-v.published_at, v.model, -v.sequence),
         )
-        shown, token = _page(versions, request.page_size, request.page_token)
-        return pb.ListVersionsResponse(
-            versions=[convert.version_message(state, v) for v in shown], next_page_token=token
-        )
+        shown, token = _page(versions, request, lambda v: convert.version_message(state, v))
+        return pb.ListVersionsResponse(versions=shown, next_page_token=token)
 
     @unary
     async def DeleteVersion(self, request: pb.DeleteVersionRequest, context: Context) -> pb.DeleteVersionResponse:
@@ -184,8 +184,8 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
             (u for u in state.updates.values() if request.model in ("", u.model)),
             key=lambda u: (-u.started_at, u.id),
         )
-        shown, token = _page(updates, request.page_size, request.page_token)
-        return pb.ListUpdatesResponse(updates=[convert.update_message(state, u) for u in shown], next_page_token=token)
+        shown, token = _page(updates, request, lambda u: convert.update_message(state, u))
+        return pb.ListUpdatesResponse(updates=shown, next_page_token=token)
 
     @unary
     async def CancelUpdate(self, request: pb.CancelUpdateRequest, context: Context) -> pb.CancelUpdateResponse:
@@ -267,26 +267,27 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
         events = [fleet_pb2.Event.FromString(data) for data in self._runtime.recent]
         shown = [event for event in events if model in ("", event.model)][-count:]
         response.events.extend(shown)
+        if response.ByteSize() > MESSAGE_BYTES_MAX:
+            raise Declined(
+                "RESOURCE_EXHAUSTED",
+                "STATUS_TOO_LARGE",
+                f"the fleet's status has {response.ByteSize()} bytes, more than one answer takes: ask for one model, "
+                "or for ListNodes, ListReplicas and ListUpdates, which answer in pages",
+            )
         return response
 
     @unary
     async def ListReplicas(self, request: pb.ListReplicasRequest, context: Context) -> pb.ListReplicasResponse:
         state = self._runtime.state
         names = sorted(x.id for x in state.replicas.values() if request.model in ("", x.model))
-        shown, token = _page(names, request.page_size, request.page_token)
-        return pb.ListReplicasResponse(
-            replicas=[convert.replica_message(state, state.replicas[name]) for name in shown],
-            next_page_token=token,
-        )
+        shown, token = _page(names, request, lambda name: convert.replica_message(state, state.replicas[name]))
+        return pb.ListReplicasResponse(replicas=shown, next_page_token=token)
 
     @unary
     async def ListNodes(self, request: pb.ListNodesRequest, context: Context) -> pb.ListNodesResponse:
         state = self._runtime.state
-        shown, token = _page(sorted(state.nodes), request.page_size, request.page_token)
-        return pb.ListNodesResponse(
-            nodes=[convert.node_message(state.nodes[name]) for name in shown],
-            next_page_token=token,
-        )
+        shown, token = _page(sorted(state.nodes), request, lambda name: convert.node_message(state.nodes[name]))
+        return pb.ListNodesResponse(nodes=shown, next_page_token=token)
 
     @streaming
     async def WatchEvents(
@@ -308,8 +309,7 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
             if entries:
                 at = entries[-1][0] + 1
                 events = [fleet_pb2.Event.FromString(payload) for _, payload in entries]
-                wanted = [event for event in events if request.model in ("", event.model)]
-                if wanted:
+                for wanted in _portions(event for event in events if request.model in ("", event.model)):
                     yield pb.WatchEventsResponse(events=wanted)
             else:
                 await self._runtime.grown_past(at - 1, WATCH_WAIT_S)
@@ -375,13 +375,30 @@ def _checked_manifest(header: pb.PublishHeader, blob: bytes) -> tuple[manifest_p
     return manifest, digest.hex()
 
 
-def _page(items: Sequence[T], size: int, token: str) -> tuple[Sequence[T], str]:
-    """A page of a list; the token is the place where the next one starts."""
+def _page(items: Sequence[T], request: Any, message_of: Callable[[T], M]) -> tuple[list[M], str]:
+    """A page of a list, bounded in items and bytes; the token is the place where the next one starts."""
+    token = request.page_token
     if token and not (token.isascii() and token.isdigit() and len(token) <= PAGE_TOKEN_LENGTH_MAX):
         raise Declined("INVALID_ARGUMENT", "BAD_PAGE_TOKEN", f"{token[:40]!r} is no page token")
     start = int(token or 0)
-    end = start + min(size or LIST_SIZE, LIST_SIZE_MAX)
-    return items[start:end], str(end) if end < len(items) else ""
+    size = min(request.page_size or LIST_SIZE, LIST_SIZE_MAX)
+    shown = next(_portions(map(message_of, items[start : start + size])), [])
+    end = start + len(shown)
+    return shown, str(end) if shown and end < len(items) else ""
+
+
+def _portions(messages: Iterable[M]) -> Iterator[list[M]]:
+    """The messages in lists of up to LIST_BYTES_MAX, or of one."""
+    portion: list[M] = []
+    size = 0
+    for message in messages:
+        size += message.ByteSize()
+        if portion and size > LIST_BYTES_MAX:
+            yield portion
+            portion, size = [], message.ByteSize()
+        portion.append(message)
+    if portion:
+        yield portion
 
 
 def _newest_update(state: State, model: str) -> UpdateRecord:
