@@ -15,6 +15,8 @@ import grpc
 import pytest
 from tests.coordinator.live import fails, soon
 
+from hotweights.coordinator.access import tokens as tokens_module
+from hotweights.coordinator.access.tokens import Tokens, new_token
 from hotweights.coordinator.config import BadSetting, Config
 from hotweights.coordinator.runtime import Runtime
 from hotweights.coordinator.server import serve
@@ -100,6 +102,22 @@ async def test_a_leader_that_a_bug_ended_ends_the_process(monkeypatch: pytest.Mo
     with pytest.raises(ZeroDivisionError, match="a bug"):
         await asyncio.wait_for(serve(Config(endpoint=parse_endpoint("127.0.0.1:0"), store="memory:")), 20)
     assert time.monotonic() - began < 10
+
+
+async def test_a_tokens_file_that_is_no_longer_followed_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def looks(self: Tokens) -> bool:
+        raise RuntimeError("can't start new thread")
+
+    path = tmp_path / "tokens"
+    path.write_text(f"operator alice {new_token()}\n")
+    path.chmod(0o600)
+    monkeypatch.setattr(tokens_module, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(Tokens, "look", looks)
+    config = Config(endpoint=parse_endpoint("127.0.0.1:0"), store="memory:", tokens=str(path))
+    with pytest.raises(RuntimeError, match="start new thread"):
+        await asyncio.wait_for(serve(config), 20)
 
 
 async def test_a_store_that_breaks_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

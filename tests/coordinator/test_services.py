@@ -111,12 +111,18 @@ def page(**more: Any) -> pb.PublishVersionRequest:
 
 
 BAD_PUBLICATIONS: dict[str, tuple[list[pb.PublishVersionRequest], str]] = {
-    "nothing": ([], "0 of 0 manifest pages"),
+    "nothing": ([], "one header comes first"),
     "no pages": ([header(BLOB)], "names no tensors|digest in the header|0 of"),
     "no header": ([page()], "one header comes first"),
     "two headers": ([header(BLOB), header(BLOB), page()], "one header comes first"),
     "a page out of order": ([header(BLOB), page(index=1, count=2), page(index=0, count=2)], "pages in order"),
     "a page twice": ([header(BLOB), page(), page()], "pages in order"),
+    "more pages than said": ([header(BLOB), page(), page(index=1)], "page 1 says there are 1 pages"),
+    "another count": ([header(BLOB), page(count=2), page(index=1, count=3)], "page 1 says there are 3 pages"),
+    "no count": ([header(BLOB), page(count=0)], "page 0 says there are 0 pages"),
+    "more pages than any": ([header(BLOB), page(count=257)], "page 0 says there are 257 pages"),
+    "an empty page": ([header(BLOB), page(count=2), page(index=1, count=2, data=b"")], "page 1 has 0 bytes"),
+    "a large page": ([header(BLOB), page(data=bytes(PAGE_BYTES_MAX + 1))], "page 0 has 1048577 bytes"),
     "a page missing": ([header(BLOB), page(count=2)], "1 of 2 manifest pages"),
     "a wrong digest": ([header(b"other"), page()], "do not have the digest in the header"),
     "no tensors": ([header(EMPTY), page(data=EMPTY)], "names no tensors"),
@@ -173,6 +179,19 @@ async def test_a_page_that_never_comes_is_not_waited_for(live: Live, monkeypatch
         await asyncio.sleep(60)
 
     refusal = await refused(live.service.PublishVersion(stream()))
+    assert "did not come in time" in refusal.message
+
+
+async def test_a_publication_as_a_whole_has_a_deadline(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "PUBLICATION_DEADLINE_S", 0.5)
+
+    async def slowly() -> AsyncIterator[pb.PublishVersionRequest]:
+        yield header(BLOB)
+        for index in range(200):
+            await asyncio.sleep(0.1)
+            yield page(index=index, count=200)
+
+    refusal = await refused(live.service.PublishVersion(slowly()))
     assert "did not come in time" in refusal.message
 
 
@@ -284,6 +303,30 @@ async def test_lists_come_in_pages(live: Live) -> None:
         names.append([version.name for version in response.versions])
         token = response.next_page_token
     assert (names, token) == ([["v4", "v3"], ["v2", "v1"], ["v0"]], "")
+
+
+async def test_pages_and_watches_are_cut_by_bytes_too(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        await live.publish(f"v{i}")
+    monkeypatch.setattr(service_module, "LIST_BYTES_MAX", 2)
+    names, token = [], ""
+    for _ in range(3):
+        response = await soon(live.service.ListVersions(pb.ListVersionsRequest(page_token=token)))
+        names.append([version.name for version in response.versions])
+        token = response.next_page_token
+    assert (names, token) == ([["v2"], ["v1"], ["v0"]], "")
+    call = live.service.WatchEvents(pb.WatchEventsRequest(from_revision=1))
+    heard = [[event.version for event in (await soon(call.read())).events] for _ in range(3)]
+    assert heard == [["v0"], ["v1"], ["v2"]]
+    call.cancel()
+
+
+async def test_a_status_that_is_too_large_says_what_to_ask_for(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    await live.publish("v1")
+    monkeypatch.setattr(service_module, "MESSAGE_BYTES_MAX", 100)
+    refusal = await refused(live.service.GetStatus(pb.GetStatusRequest()))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STATUS_TOO_LARGE")
+    assert "ListNodes" in refusal.message
 
 
 async def test_replicas_and_nodes_are_listed(fleet: Live) -> None:

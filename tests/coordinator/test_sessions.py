@@ -49,6 +49,7 @@ async def test_a_welcome_says_all_that_a_member_needs_to_know(live: Live) -> Non
     await wire.close()
 
 
+NODE = wire_pb.AgentHello(node_id="n")
 BAD_HELLOS: dict[str, tuple[dict[str, Any], str]] = {
     "a heartbeat first": ({"heartbeat": wire_pb.Heartbeat()}, "first message of a session is a Hello"),
     "nobody": ({"hello": wire_pb.Hello(incarnation="i")}, "says its incarnation and the id"),
@@ -58,6 +59,17 @@ BAD_HELLOS: dict[str, tuple[dict[str, Any], str]] = {
     "a short token key": ({"hello": agent_hello(token_key=b"short")}, "a token key has 32 bytes, this one 5"),
     "an odd name": ({"hello": replica_hello("a b")}, "use letters, digits"),
     "an odd model": ({"hello": replica_hello(model="\x1b[31m")}, "use letters, digits"),
+    "a long incarnation": ({"hello": agent_hello(life="i" * 201)}, "an incarnation has 201 characters"),
+    "a long cluster": ({"hello": wire_pb.Hello(incarnation="i", cluster_id="c" * 201, agent=NODE)}, "201 characters"),
+    "a long window": ({"hello": replica_hello(open_window="w" * 201)}, "an open window has 201 characters"),
+    "a long endpoint": ({"hello": agent_hello(data_endpoint="tcp://" + "h" * 300 + ":1")}, "has 308 characters"),
+    "an endpoint without a port": ({"hello": agent_hello(data_endpoint="tcp://host")}, "TRANSPORT://HOST:PORT, not"),
+    "a path": ({"hello": agent_hello(data_endpoint="unix:/run/x")}, "TRANSPORT://HOST:PORT, not"),
+    "an odd transport": ({"hello": agent_hello(data_endpoint="t\x1b://h:1")}, "TRANSPORT://HOST:PORT, not"),
+    "many ranks": ({"hello": replica_hello(ranks=1025 * [fleet_pb2.Rank(node_id="n")])}, "1 to 1024, not 1025"),
+    "many images": ({"hello": agent_hello("n", *(10_001 * ["v"]))}, "10001 images at one node"),
+    "many fingerprints": ({"hello": replica_hello(fingerprints=1025 * [b"f"])}, "1025 fingerprints of 1025 bytes"),
+    "a long fingerprint": ({"hello": replica_hello(fingerprints=[b"f" * 65])}, "1 fingerprints of 65 bytes"),
     "no such policy": ({"hello": replica_hello(policy=99)}, "99 is no ModelPolicy"),
 }
 
@@ -73,6 +85,41 @@ async def test_a_bad_hello_is_refused_and_leaves_nothing(live: Live, what: str) 
     assert not live.state.seats
     assert not live.state.nodes
     assert not live.state.models
+
+
+@pytest.mark.parametrize("endpoint", ["", "10.0.0.1:7", "tcps://node-1.agents.svc:7", "tcp://[fe80::1%eth0]:7"])
+async def test_every_kind_of_data_endpoint_is_let_in_as_it_is(live: Live, endpoint: str) -> None:
+    wire = await Wire(live).hello(agent_hello(data_endpoint=endpoint))
+    assert live.state.nodes["n1"].endpoint == endpoint
+    await wire.close()
+
+
+async def test_what_one_member_says_at_length_hides_the_fleet_from_nobody(live: Live) -> None:
+    endless = "x" * 3_000_000
+    agent = await Wire(live).hello(agent_hello("n1", "v1", "v2"))
+    for version in ("v1", "v2"):
+        await live.publish(version)
+    replica = await Wire(live).hello(replica_hello("r1", "v1", engine=endless))
+    started = await soon(live.service.StartUpdate(pb.StartUpdateRequest(model="m", version="v2")))
+    stage = await agent.order("stage")
+    failed = wire_pb.StageFailed(manifest_digest=stage.stage.manifest_digest, reason=endless)
+    await agent.report(stage, stage_failed=failed)
+    event = await until_event(live, fleet_pb2.EVENT_KIND_UPDATE_ENDED)
+    await replica.say(report=wire_pb.Report(active_changed=wire_pb.ActiveChanged(note=endless)))
+    for _ in range(100):
+        if (shown := (await live.status()).replicas[0]).note:
+            break
+        await asyncio.sleep(0.05)
+    assert (shown.engine[195:], shown.note[1995:]) == (
+        "xxxxx... (2999800 more characters)",
+        "xxxxx... (2998000 more characters)",
+    )
+    update = (await soon(live.service.GetUpdate(pb.GetUpdateRequest(id=started.update.id)))).update
+    for reason in (update.reason, update.replicas[0].reason, event.message):
+        assert reason.endswith("x... (2998000 more characters)")
+        assert len(reason) < 2200
+    for wire in (agent, replica):
+        await wire.close()
 
 
 async def test_a_stream_that_says_nothing_is_not_kept(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

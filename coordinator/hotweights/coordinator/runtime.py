@@ -91,16 +91,20 @@ class Runtime:
         self.failed = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.create_task(self._lead()), asyncio.create_task(self._tick())]
         for task in self._tasks:
-            task.add_done_callback(self._leader_ended)
+            self.ends_with(task, "the leader")
         log.info("leading cluster %s, epoch %d", self.cluster_id, opened.epoch)
 
-    def _leader_ended(self, task: "asyncio.Task[None]") -> None:
-        """A leader that a bug ended must not look alive: whoever waits for `failed` stops the process."""
-        assert self.failed is not None
-        error = None if task.cancelled() else task.exception()
-        if error is not None and not self.failed.done():
-            log.critical("the leader ended by a bug", exc_info=error)
-            self.failed.set_exception(error)
+    def ends_with(self, task: "asyncio.Task[None]", what: str) -> None:
+        """What a bug ended must not look alive: whoever waits for `failed` then stops the process."""
+
+        def ended(task: "asyncio.Task[None]") -> None:
+            assert self.failed is not None
+            error = None if task.cancelled() else task.exception()
+            if error is not None and not self.failed.done():
+                log.critical("%s ended by a bug", what, exc_info=error)
+                self.failed.set_exception(error)
+
+        task.add_done_callback(ended)
 
     async def _recall(self) -> None:
         first = max(1, self.revision - RECENT_EVENTS + 1)

@@ -70,7 +70,8 @@ class Coordinator:
             raise
         if self._tokens is not None and self._gate is not None:
             self._following = asyncio.create_task(self._tokens.follow(self._gate.look_again))
-            self._following.add_done_callback(_say_if_failed)
+            # Without it revoked tokens would stay good.
+            self.runtime.ends_with(self._following, "the look at the tokens file")
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         for name in _service_names():
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -109,11 +110,6 @@ class Coordinator:
         await self.runtime.end_streams()
         await self._server.stop(self._config.stop_grace_s)
         await self.runtime.stop()
-
-
-def _say_if_failed(task: "asyncio.Task[None]") -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.critical("the tokens file is no longer followed, because of a bug", exc_info=error)
 
 
 def _service_names() -> tuple[str, ...]:

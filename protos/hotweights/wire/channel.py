@@ -1,7 +1,8 @@
 """Limits and keepalives of every channel and server.
 
-The figures were measured (FACTS-plane): without `ping_timeout_ms` a stopped peer was noticed after
-61 s, with it after 3 s; with the default pending limits a storm of 5,000 streams lost 361.
+The figures were measured: without `ping_timeout_ms` a stopped peer was noticed after 61 s, with it
+after 3 s. Of 3,000 streams opened together, gRPC's default for calls that may wait until the server
+takes them up lost 743, a limit of 0 lost 2,997, one of 2^30 lost none.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,10 @@ from hotweights.wire.endpoint import Endpoint
 MESSAGE_BYTES_MAX = 4 << 20
 PAGE_BYTES_MAX = 1 << 20
 MANIFEST_BYTES_MAX = 256 << 20
+
+# 0 would not stand for "without a limit": a call that came while another waits would be reset, and its client
+# see a bare CANCELLED. So it is a number that is never reached.
+_CALLS_WAITING_MAX = 1 << 30
 
 _KEEPALIVE: list[tuple[str, int | str]] = [
     ("grpc.keepalive_time_ms", 10_000),
@@ -47,8 +52,8 @@ def server_options() -> list[tuple[str, int | str]]:
         *_KEEPALIVE,
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-        ("grpc.server.max_pending_requests", 0),
-        ("grpc.server.max_pending_requests_hard_limit", 0),
+        ("grpc.server.max_pending_requests", _CALLS_WAITING_MAX),
+        ("grpc.server.max_pending_requests_hard_limit", _CALLS_WAITING_MAX),
         # Two servers on one port would split the workers between them.
         ("grpc.so_reuseport", 0),
     ]

@@ -1,9 +1,12 @@
 """The gate on a real coordinator: every method of every service, for every role and for strangers."""
 
 import asyncio
+import contextvars
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import blake3
@@ -27,11 +30,12 @@ from tests.coordinator.live import (
 
 from hotweights.coordinator.access import refusals as refusals_module
 from hotweights.coordinator.access import tokens as tokens_module
-from hotweights.coordinator.access.refusals import host_of
-from hotweights.coordinator.access.roles import ALLOWED, OPEN, Role, allowed
-from hotweights.coordinator.access.tokens import digest_of, new_token
+from hotweights.coordinator.access.gate import _CALLER, Gate
+from hotweights.coordinator.access.refusals import Refusals, host_of
+from hotweights.coordinator.access.roles import ALLOWED, OPEN, START_UPDATE, Role, allowed
+from hotweights.coordinator.access.tokens import Caller, Tokens, digest_of, new_token
 from hotweights.v1 import coordinator_service_pb2 as pb
-from hotweights.v1 import fleet_pb2, worker_service_pb2
+from hotweights.v1 import fleet_pb2, model_pb2, worker_service_pb2
 from hotweights.wire.allowance import Rate
 from hotweights.wire.channel import open_channel
 from hotweights.wire.errors import Refused
@@ -168,6 +172,16 @@ async def test_a_stranger_gets_to_the_health_check_and_nowhere_else(live: Live, 
     for path in METHODS:
         expected = "" if path in OPEN else reason
         assert await let_in(live.channel, path, metadata, expected) == expected, path
+
+
+async def test_strangers_who_call_at_once_are_all_told_why(live: Live) -> None:
+    # A server that keeps no call waiting resets some of them: a bare CANCELLED, and no event.
+    for _ in range(4):
+        calls = (status(live, new_token()) for _ in range(25))
+        answers = await soon(asyncio.gather(*(refused(call) for call in calls)))
+        assert {(answer.code, answer.reason) for answer in answers} == {
+            (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_UNKNOWN")
+        }
 
 
 async def test_a_scheme_is_read_in_any_case(live: Live) -> None:
@@ -318,6 +332,132 @@ async def test_a_revoked_token_ends_its_streams_and_no_other(quickly: None, tmp_
             assert (await the_end_of(session.call)).reason == "TOKEN_UNKNOWN"
             read = {event.kind async for event in events(ours, fleet_pb2.EVENT_KIND_REPLICA_DETACHED)}
             assert fleet_pb2.EVENT_KIND_REPLICA_DETACHED in read
+
+
+REQUESTS = {
+    "/hotweights.v1.CoordinatorService/SetModelPolicy": pb.SetModelPolicyRequest(
+        model="m", policy=model_pb2.MODEL_POLICY_AUTO
+    ),
+    "/hotweights.v1.CoordinatorService/DeleteVersion": pb.DeleteVersionRequest(model="m", version="v1"),
+}
+
+
+async def test_a_token_that_is_revoked_before_the_request_has_come_does_nothing(
+    quickly: None, plenty: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = file_of(tmp_path)
+    async with running(tokens=str(path)) as live:
+        await publish(live, Role.OPERATOR)
+        before, calls = live.state, await only_headers(live, monkeypatch)
+        replace(path, {role: TOKENS[role] for role in Role if role is not Role.OPERATOR})
+        await until_unknown(live, TOKENS[Role.OPERATOR])
+        reasons = {method: await what_comes_of(started, request_of(method)) for method, started in calls.items()}
+        assert {method: reason for method, reason in reasons.items() if reason != "TOKEN_UNKNOWN"} == {}
+        assert (live.state.models, live.state.versions) == (before.models, before.versions)
+        await until_noted(live, "the-operator", set(REQUESTS))
+
+
+def request_of(method: str) -> bytes:
+    data: bytes = REQUESTS[method].SerializeToString() if method in REQUESTS else b""
+    return data
+
+
+async def until_noted(live: Live, name: str, methods: set[str]) -> None:
+    for _ in range(100):
+        if methods <= {event.refusal.method for event in await refusals(live) if event.refusal.name == name}:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"no event says that {name} was refused {methods}")
+
+
+async def only_headers(live: Live, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A call of every guarded method, let in with an operator's token and silent so far."""
+    tokens, found = live.coordinator._tokens, list[bytes]()
+    assert tokens is not None
+    find = tokens.find
+
+    def finding(token: bytes) -> Caller | None:
+        found.append(token)
+        return find(token)
+
+    monkeypatch.setattr(tokens, "find", finding)
+    methods, metadata = set(METHODS) - OPEN, bearer(TOKENS[Role.OPERATOR])
+    calls: dict[str, Any] = {path: live.channel.stream_stream(path)(metadata=metadata) for path in methods}
+    for _ in range(100):
+        if len(found) == len(methods):
+            break
+        await asyncio.sleep(0.05)
+    assert len(found) == len(methods)
+    return calls
+
+
+async def until_unknown(live: Live, token: str) -> None:
+    for _ in range(100):
+        if await let_in(live.channel, "/hotweights.v1.CoordinatorService/GetStatus", bearer(token)):
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("the token is still good")
+
+
+async def what_comes_of(started: Any, request: bytes) -> str:
+    """The reason why the call is refused once its request has come; "answered" where it is not."""
+
+    async def answer() -> None:
+        # A stream may have been ended before it asked for anything.
+        with suppress(asyncio.InvalidStateError):
+            await started.write(request)
+            await started.done_writing()
+        await started.read()
+
+    try:
+        await soon(answer())
+    except Refused as refusal:
+        return refusal.reason
+    except asyncio.TimeoutError:
+        return "open"
+    return "answered"
+
+
+async def test_a_publication_whose_token_is_revoked_on_the_way_ends(quickly: None, tmp_path: Path) -> None:
+    path, blob = file_of(tmp_path), manifest_of("v1")
+
+    async def slowly() -> AsyncIterator[pb.PublishVersionRequest]:
+        header = pb.PublishHeader(model="m", version="v1", manifest_digest=blake3.blake3(blob).digest())
+        yield await anext(parts(header, blob))
+        await asyncio.sleep(2 * DEADLINE_S)
+
+    async with running(tokens=str(path)) as live:
+        publishing = live.service.PublishVersion(slowly(), metadata=bearer(TOKENS[Role.PUBLISHER]))
+        await until_open(live)
+        replace(path, {role: TOKENS[role] for role in Role if role is not Role.PUBLISHER})
+        assert (await refused(publishing)).reason == "TOKEN_UNKNOWN"
+        assert not live.state.versions
+
+
+async def until_open(live: Live) -> None:
+    gate = live.coordinator._gate
+    assert gate is not None
+    for _ in range(100):
+        if gate._open:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("no call is followed")
+
+
+def test_what_another_method_would_take_is_asked_of_a_token_that_is_still_good(tmp_path: Path) -> None:
+    tokens = Tokens(file_of(tmp_path))
+    gate = Gate(tokens, Refusals(lambda event: True, time.monotonic))
+    context: Any = SimpleNamespace(peer=lambda: "ipv4:127.0.0.1:1")
+
+    def require() -> None:
+        _CALLER.set(tokens.find(TOKENS[Role.OPERATOR].encode()))
+        gate.require(START_UPDATE, context)
+        file_of(tmp_path, {Role.VIEWER: TOKENS[Role.VIEWER]})
+        assert tokens.look()
+        with pytest.raises(Refused, match="does not know the token"):
+            gate.require(START_UPDATE, context)
+
+    contextvars.copy_context().run(require)
 
 
 async def test_a_token_that_is_added_is_good_without_a_restart(quickly: None, tmp_path: Path) -> None:

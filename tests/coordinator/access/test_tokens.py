@@ -1,8 +1,10 @@
 """The tokens file: what it may say, who may read it, and what happens when it changes."""
 
+import errno
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -152,6 +154,35 @@ def test_while_a_changed_file_is_bad_the_old_tokens_stay(
     write(path, f"worker w {B}")
     assert tokens.look()
     assert tokens.find(B.encode()) is not None
+
+
+def test_a_file_that_could_not_be_read_once_is_read_at_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "t", f"viewer v {A}")
+    tokens = Tokens(path)
+    write(path, f"worker w {B}")
+
+    def too_many(self: Path, mode: str) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", too_many)
+        assert not tokens.look()
+        assert not tokens.look()
+    assert [record.levelname for record in caplog.records] == ["ERROR"], "said once, not at every look"
+    assert "Too many open files" in caplog.text
+    assert tokens.look()
+    assert tokens.find(A.encode()) is None
+
+
+def test_another_fault_of_the_file_is_told_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "t", f"viewer v {A}")
+    tokens = Tokens(path)
+    for content in ("janitor j x", f"viewer v {A} more"):
+        write(path, content)
+        assert not tokens.look()
+    assert ["its first word is no role" in caplog.text, "has 4 words" in caplog.text] == [True, True]
 
 
 def test_every_entry_is_compared_whatever_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """The gate: one interceptor that every call passes, unary, streaming and bidirectional alike.
 
     no token, or an unknown one -> UNAUTHENTICATED      role too low -> PERMISSION_DENIED
-    a token that is revoked while a stream is open -> that stream ends with UNAUTHENTICATED
+    a token that is revoked before the request has come, or while a stream is open -> UNAUTHENTICATED
+
+A token comes with the headers, and what it is to allow may come much later: it is looked at again then.
 
 What is said to a stranger is constant text; who it was and what was asked for goes to the event log.
 """
@@ -13,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
 
@@ -63,10 +65,11 @@ def role_too_low(caller: Caller, method: str) -> Refused:
 
 
 @dataclass(eq=False)
-class _OpenCall:
-    """A stream that outlives the moment it was allowed in."""
+class _Call:
+    """A call that was let in."""
 
     caller: Caller
+    method: str
     revoked: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -76,7 +79,7 @@ class Gate(grpc.aio.ServerInterceptor):
     def __init__(self, tokens: Tokens, refusals: Refusals) -> None:
         self._tokens = tokens
         self._refusals = refusals
-        self._open: set[_OpenCall] = set()
+        self._open: set[_Call] = set()
 
     async def intercept_service(
         self,
@@ -94,16 +97,20 @@ class Gate(grpc.aio.ServerInterceptor):
         if caller.role not in allowed(method):
             return self._refusing(role_too_low(caller, method), caller, method)
         _CALLER.set(caller)
-        return self._until_revoked(handler, caller) if handler.response_streaming else handler
+        return self._until_revoked(handler, _Call(caller, method))
 
     def require(self, method: str, context: Context) -> None:
         """For a call that asks for something that another method would take. Raises Refused, noted as its refusal."""
         caller = _CALLER.get()
         assert caller is not None, "only calls that passed the gate come here"
-        if caller.role not in allowed(method):
+        if not self._tokens.still(caller):
+            refusal = token_unknown()
+        elif caller.role not in allowed(method):
             refusal = role_too_low(caller, method)
-            self._refusals.note(context.peer(), caller, method, refusal.reason)
-            raise refusal
+        else:
+            return
+        self._refusals.note(context.peer(), caller, method, refusal.reason)
+        raise refusal
 
     def look_again(self) -> None:
         """Ends the streams of tokens that are not what they were."""
@@ -128,54 +135,106 @@ class Gate(grpc.aio.ServerInterceptor):
         """A handler that answers with the refusal, having read nothing: it serves calls of every shape."""
 
         async def refuse(requests: AsyncIterator[bytes], context: Context) -> None:
-            self._refusals.note(context.peer(), caller, method, refusal.reason)
-            await abort(context, refusal)
+            await self._refuse(refusal, caller, method, context)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
-    def _until_revoked(self, handler: Handler, caller: Caller) -> Handler:
-        """The same handler, ended when its token is revoked."""
-        kind = "stream_stream" if handler.request_streaming else "unary_stream"
-        inner = getattr(handler, kind)
-        outer = self._generator(inner, caller) if inspect.isasyncgenfunction(inner) else self._coroutine(inner, caller)
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
+    async def _refuse(self, refusal: Refused, caller: Caller | None, method: str, context: Context) -> NoReturn:
+        self._refusals.note(context.peer(), caller, method, refusal.reason)
+        await abort(context, refusal)
+
+    def _until_revoked(self, handler: Handler, call: _Call) -> Handler:
+        """The same handler, which does nothing more once the call's token is revoked."""
+        asks = "stream" if handler.request_streaming else "unary"
+        answers = "stream" if handler.response_streaming else "unary"
+        inner = getattr(handler, f"{asks}_{answers}")
+        if inspect.isasyncgenfunction(inner):
+            outer: Callable[..., Any] = self._generator(inner, call)
+        elif handler.response_streaming:
+            outer = self._coroutine(inner, call)
+        elif handler.request_streaming:
+            outer = self._reader(inner, call)
+        else:
+            outer = self._single(inner, call)
+        make = getattr(grpc, f"{asks}_{answers}_rpc_method_handler")
         made: Handler = make(outer, handler.request_deserializer, handler.response_serializer)
         return made
 
-    def _coroutine(self, inner: Callable[..., Awaitable[T]], caller: Caller) -> Callable[..., Awaitable[T]]:
+    def _single(self, inner: Callable[..., Awaitable[T]], call: _Call) -> Callable[..., Awaitable[T]]:
+        """One request, one answer: what was begun with a good token is done, so that its outcome is known."""
+
         @functools.wraps(inner)
         async def outer(request: Any, context: Context) -> T:
-            with self._tracked(caller) as call:
-                return await _or_revoked(call, inner(request, context), context)
+            await self._look_again_at(call, context)
+            return await inner(request, context)
 
         return outer
 
-    def _generator(self, inner: Callable[..., AsyncIterator[T]], caller: Caller) -> Callable[..., AsyncIterator[T]]:
+    def _reader(self, inner: Callable[..., Awaitable[T]], call: _Call) -> Callable[..., Awaitable[T]]:
+        """Many requests, one answer: the handler is not ended but reads no further, and raises as `unary` maps it."""
+
+        async def read(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+            while True:
+                request = await _or_revoked(call, anext(requests, None))
+                if not self._tokens.still(call.caller):
+                    raise token_unknown()
+                if request is None:
+                    return
+                yield request
+
+        @functools.wraps(inner)
+        async def outer(requests: AsyncIterator[Any], context: Context) -> T:
+            with self._tracked(call):
+                await self._look_again_at(call, context)
+                return await inner(read(requests), context)
+
+        return outer
+
+    def _coroutine(self, inner: Callable[..., Awaitable[T]], call: _Call) -> Callable[..., Awaitable[T]]:
+        @functools.wraps(inner)
+        async def outer(request: Any, context: Context) -> T:
+            with self._tracked(call):
+                await self._look_again_at(call, context)
+                try:
+                    return await _or_revoked(call, inner(request, context))
+                except Refused as refusal:
+                    await abort(context, refusal)
+
+        return outer
+
+    def _generator(self, inner: Callable[..., AsyncIterator[T]], call: _Call) -> Callable[..., AsyncIterator[T]]:
         @functools.wraps(inner)
         async def outer(request: Any, context: Context) -> AsyncIterator[T]:
-            with self._tracked(caller) as call:
+            with self._tracked(call):
+                await self._look_again_at(call, context)
                 messages = inner(request, context)
                 while True:
                     try:
-                        message = await _or_revoked(call, anext(messages), context)
+                        message = await _or_revoked(call, anext(messages))
                     except StopAsyncIteration:
                         return
+                    except Refused as refusal:
+                        await abort(context, refusal)
                     yield message
 
         return outer
 
     @contextmanager
-    def _tracked(self, caller: Caller) -> Iterator[_OpenCall]:
-        call = _OpenCall(caller)
+    def _tracked(self, call: _Call) -> Iterator[None]:
         self._open.add(call)
         try:
-            yield call
+            yield
         finally:
             self._open.discard(call)
 
+    async def _look_again_at(self, call: _Call, context: Context) -> None:
+        """Refuses the call if its token was revoked between its headers and now; a tracked one is told of later."""
+        if not self._tokens.still(call.caller):
+            await self._refuse(token_unknown(), call.caller, call.method, context)
 
-async def _or_revoked(call: _OpenCall, work: Awaitable[T], context: Context) -> T:
-    """What the work gives, unless the call's token is revoked first: then the work is cancelled and the call ends."""
+
+async def _or_revoked(call: _Call, work: Awaitable[T]) -> T:
+    """What the work gives, unless the call's token is revoked first: then it is cancelled. Raises Refused."""
     task, revoked = asyncio.ensure_future(_as_coroutine(work)), asyncio.ensure_future(call.revoked.wait())
     try:
         await asyncio.wait({task, revoked}, return_when=asyncio.FIRST_COMPLETED)
@@ -184,7 +243,7 @@ async def _or_revoked(call: _OpenCall, work: Awaitable[T], context: Context) -> 
             each.cancel()
         await asyncio.gather(task, revoked, return_exceptions=True)
     if task.cancelled():
-        await abort(context, token_unknown())
+        raise token_unknown()
     return task.result()
 
 

@@ -149,6 +149,7 @@ class Tokens:
         self._path = path
         self._stamp = _stamp(path)
         self._callers = read_tokens(path)
+        self._problem = ""
 
     def find(self, token: bytes) -> Caller | None:
         """Whose token it is. Looks at every entry, whatever it finds."""
@@ -174,13 +175,17 @@ class Tokens:
         """Reads the file again if it changed; True when its entries are now in force."""
         stamp = _stamp(self._path)
         if stamp == self._stamp:
+            self._problem = ""
             return False
-        self._stamp = stamp
         try:
             self._callers = read_tokens(self._path)
         except BadTokens as error:
-            log.error("%s; the tokens of before stay in force", error)
+            # Its stamp is not kept: what could not be read now, for want of file descriptors say, is tried again.
+            if self._problem != str(error):
+                self._problem = str(error)
+                log.error("%s; the tokens of before stay in force", error)
             return False
+        self._stamp, self._problem = stamp, ""
         log.info("tokens file %s was read again: %d tokens", self._path, len(self._callers))
         return True
 

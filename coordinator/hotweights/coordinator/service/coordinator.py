@@ -2,7 +2,8 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import blake3
@@ -23,14 +24,17 @@ from hotweights.coordinator.store import Compacted
 from hotweights.v1 import coordinator_service_pb2 as pb
 from hotweights.v1 import coordinator_service_pb2_grpc as rpc
 from hotweights.v1 import fleet_pb2, manifest_pb2
-from hotweights.wire.channel import MANIFEST_BYTES_MAX, PAGE_BYTES_MAX
+from hotweights.wire.channel import MANIFEST_BYTES_MAX, MESSAGE_BYTES_MAX, PAGE_BYTES_MAX
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
-PAGE_DEADLINE_S = 60.0
+# 600 s for the largest manifest are half a megabyte a second.
+PAGE_DEADLINE_S, PUBLICATION_DEADLINE_S = 60.0, 600.0
 LIST_SIZE, LIST_SIZE_MAX = 100, 1000
 PAGE_TOKEN_LENGTH_MAX = 18
+# Half of what a message may have. An item that is larger comes alone.
+LIST_BYTES_MAX = MESSAGE_BYTES_MAX // 2
 # What a manifest says is not believed: beyond 64 bits no answer could carry the sum, and no update plan its parts.
 IMAGE_BYTES_MAX = 1 << 50
 # The store counts in signed 64 bits.
@@ -113,10 +117,8 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
             (v for v in state.versions.values() if request.model in ("", v.model)),
             key=lambda v: (-v.published_at, v.model, -v.sequence),
         )
-        shown, token = _page(versions, request.page_size, request.page_token)
-        return pb.ListVersionsResponse(
-            versions=[convert.version_message(state, v) for v in shown], next_page_token=token
-        )
+        shown, token = _page(versions, request, lambda v: convert.version_message(state, v))
+        return pb.ListVersionsResponse(versions=shown, next_page_token=token)
 
     @unary
     async def DeleteVersion(self, request: pb.DeleteVersionRequest, context: Context) -> pb.DeleteVersionResponse:
@@ -182,8 +184,8 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
             (u for u in state.updates.values() if request.model in ("", u.model)),
             key=lambda u: (-u.started_at, u.id),
         )
-        shown, token = _page(updates, request.page_size, request.page_token)
-        return pb.ListUpdatesResponse(updates=[convert.update_message(state, u) for u in shown], next_page_token=token)
+        shown, token = _page(updates, request, lambda u: convert.update_message(state, u))
+        return pb.ListUpdatesResponse(updates=shown, next_page_token=token)
 
     @unary
     async def CancelUpdate(self, request: pb.CancelUpdateRequest, context: Context) -> pb.CancelUpdateResponse:
@@ -265,26 +267,27 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
         events = [fleet_pb2.Event.FromString(data) for data in self._runtime.recent]
         shown = [event for event in events if model in ("", event.model)][-count:]
         response.events.extend(shown)
+        if response.ByteSize() > MESSAGE_BYTES_MAX:
+            raise Declined(
+                "RESOURCE_EXHAUSTED",
+                "STATUS_TOO_LARGE",
+                f"the fleet's status has {response.ByteSize()} bytes, more than one answer takes: ask for one model, "
+                "or for ListNodes, ListReplicas and ListUpdates, which answer in pages",
+            )
         return response
 
     @unary
     async def ListReplicas(self, request: pb.ListReplicasRequest, context: Context) -> pb.ListReplicasResponse:
         state = self._runtime.state
         names = sorted(x.id for x in state.replicas.values() if request.model in ("", x.model))
-        shown, token = _page(names, request.page_size, request.page_token)
-        return pb.ListReplicasResponse(
-            replicas=[convert.replica_message(state, state.replicas[name]) for name in shown],
-            next_page_token=token,
-        )
+        shown, token = _page(names, request, lambda name: convert.replica_message(state, state.replicas[name]))
+        return pb.ListReplicasResponse(replicas=shown, next_page_token=token)
 
     @unary
     async def ListNodes(self, request: pb.ListNodesRequest, context: Context) -> pb.ListNodesResponse:
         state = self._runtime.state
-        shown, token = _page(sorted(state.nodes), request.page_size, request.page_token)
-        return pb.ListNodesResponse(
-            nodes=[convert.node_message(state.nodes[name]) for name in shown],
-            next_page_token=token,
-        )
+        shown, token = _page(sorted(state.nodes), request, lambda name: convert.node_message(state.nodes[name]))
+        return pb.ListNodesResponse(nodes=shown, next_page_token=token)
 
     @streaming
     async def WatchEvents(
@@ -306,8 +309,7 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
             if entries:
                 at = entries[-1][0] + 1
                 events = [fleet_pb2.Event.FromString(payload) for _, payload in entries]
-                wanted = [event for event in events if request.model in ("", event.model)]
-                if wanted:
+                for wanted in _portions(event for event in events if request.model in ("", event.model)):
                     yield pb.WatchEventsResponse(events=wanted)
             else:
                 await self._runtime.grown_past(at - 1, WATCH_WAIT_S)
@@ -316,29 +318,41 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
 async def _read_publication(
     parts: AsyncIterator[pb.PublishVersionRequest],
 ) -> tuple[pb.PublishHeader, bytes]:
-    """Header and manifest of a PublishVersion stream, bounded in size and time."""
-    header: pb.PublishHeader | None = None
+    """Header and manifest of a PublishVersion stream, bounded in pages, size and time."""
+    due = time.monotonic() + PUBLICATION_DEADLINE_S
+    first = await _next_part(parts, due)
+    if first is None or first.WhichOneof("part") != "header":
+        raise _bad_publication("one header comes first, then the manifest's pages in order")
     pages: list[bytes] = []
-    size, count = 0, 0
-    while True:
-        try:
-            part = await asyncio.wait_for(anext(parts), PAGE_DEADLINE_S)
-        except StopAsyncIteration:
-            break
-        except asyncio.TimeoutError as error:
-            raise _bad_publication("the next page did not come in time") from error
-        if part.WhichOneof("part") == "header" and header is None:
-            header = part.header
-            continue
-        if header is None or part.WhichOneof("part") != "page" or part.page.index != len(pages):
+    count = 0
+    while (part := await _next_part(parts, due)) is not None:
+        if part.WhichOneof("part") != "page" or part.page.index != len(pages):
             raise _bad_publication("one header comes first, then the manifest's pages in order")
-        size, count = size + len(part.page.data), part.page.count
-        if size > MANIFEST_BYTES_MAX:
-            raise _bad_publication(f"the manifest is larger than {MANIFEST_BYTES_MAX} bytes")
+        count = count or part.page.count
+        _check_page(part.page, count)
         pages.append(part.page.data)
-    if header is None or len(pages) != count:
+    if len(pages) != count:
         raise _bad_publication(f"{len(pages)} of {count} manifest pages came")
-    return header, b"".join(pages)
+    return first.header, b"".join(pages)
+
+
+async def _next_part(parts: AsyncIterator[pb.PublishVersionRequest], due: float) -> pb.PublishVersionRequest | None:
+    """None at the stream's end. Raises Declined for one that takes too long."""
+    try:
+        return await asyncio.wait_for(anext(parts, None), min(PAGE_DEADLINE_S, due - time.monotonic()))
+    except asyncio.TimeoutError as error:
+        raise _bad_publication("the next page did not come in time") from error
+
+
+def _check_page(page: manifest_pb2.ManifestPage, count: int) -> None:
+    """Raises Declined for a page that no manifest of `count` pages has."""
+    if page.count != count or not 0 < count <= MANIFEST_BYTES_MAX // PAGE_BYTES_MAX or page.index >= count:
+        raise _bad_publication(
+            f"page {page.index} says there are {page.count} pages; a manifest is no larger than {MANIFEST_BYTES_MAX} "
+            f"bytes, in pages of {PAGE_BYTES_MAX}, all with the same count"
+        )
+    if not 0 < len(page.data) <= PAGE_BYTES_MAX:
+        raise _bad_publication(f"page {page.index} has {len(page.data)} bytes, a page has 1 to {PAGE_BYTES_MAX}")
 
 
 def _bad_publication(message: str) -> Declined:
@@ -361,13 +375,30 @@ def _checked_manifest(header: pb.PublishHeader, blob: bytes) -> tuple[manifest_p
     return manifest, digest.hex()
 
 
-def _page(items: Sequence[T], size: int, token: str) -> tuple[Sequence[T], str]:
-    """A page of a list; the token is the place where the next one starts."""
+def _page(items: Sequence[T], request: Any, message_of: Callable[[T], M]) -> tuple[list[M], str]:
+    """A page of a list, bounded in items and bytes; the token is the place where the next one starts."""
+    token = request.page_token
     if token and not (token.isascii() and token.isdigit() and len(token) <= PAGE_TOKEN_LENGTH_MAX):
         raise Declined("INVALID_ARGUMENT", "BAD_PAGE_TOKEN", f"{token[:40]!r} is no page token")
     start = int(token or 0)
-    end = start + min(size or LIST_SIZE, LIST_SIZE_MAX)
-    return items[start:end], str(end) if end < len(items) else ""
+    size = min(request.page_size or LIST_SIZE, LIST_SIZE_MAX)
+    shown = next(_portions(map(message_of, items[start : start + size])), [])
+    end = start + len(shown)
+    return shown, str(end) if shown and end < len(items) else ""
+
+
+def _portions(messages: Iterable[M]) -> Iterator[list[M]]:
+    """The messages in lists of up to LIST_BYTES_MAX, or of one."""
+    portion: list[M] = []
+    size = 0
+    for message in messages:
+        size += message.ByteSize()
+        if portion and size > LIST_BYTES_MAX:
+            yield portion
+            portion, size = [], message.ByteSize()
+        portion.append(message)
+    if portion:
+        yield portion
 
 
 def _newest_update(state: State, model: str) -> UpdateRecord:

@@ -8,7 +8,7 @@ When a client dies the request iterator just ends, so leaving is noted in `final
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 
 import anyio
 import grpc
@@ -19,12 +19,12 @@ from hotweights.coordinator.rules import Declined, State
 from hotweights.coordinator.rules import events as e
 from hotweights.coordinator.rules.records import Ticket
 from hotweights.coordinator.runtime import Runtime
-from hotweights.coordinator.service import convert
+from hotweights.coordinator.service import bounds, convert
 from hotweights.coordinator.service.status import Context, abort
 from hotweights.v1 import worker_service_pb2 as pb
 from hotweights.v1 import worker_service_pb2_grpc as rpc
 from hotweights.wire.errors import Refused
-from hotweights.wire.tokens import DIGEST_BYTES, KEY_BYTES
+from hotweights.wire.tokens import KEY_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -130,19 +130,17 @@ async def _hello(requests: AsyncIterator[pb.SessionRequest]) -> pb.Hello:
     try:
         first = await asyncio.wait_for(anext(requests), HELLO_DEADLINE_S)
     except StopAsyncIteration:
-        raise _bad_hello("the stream ended before a Hello") from None
+        raise bounds.bad_hello("the stream ended before a Hello") from None
     except asyncio.TimeoutError:
         raise _late("no Hello came in time") from None
     if first.WhichOneof("message") != "hello":
-        raise _bad_hello("the first message of a session is a Hello")
+        raise bounds.bad_hello("the first message of a session is a Hello")
     hello = first.hello
     if not hello.incarnation or not (hello.agent.node_id or hello.replica.replica_id):
-        raise _bad_hello("a Hello says its incarnation and the id of its node or replica")
+        raise bounds.bad_hello("a Hello says its incarnation and the id of its node or replica")
+    bounds.checked_id(hello.incarnation, "an incarnation")
+    bounds.checked_id(hello.cluster_id, "a cluster's id")
     return hello
-
-
-def _bad_hello(message: str) -> Refused:
-    return Refused(grpc.StatusCode.INVALID_ARGUMENT, "BAD_HELLO", message)
 
 
 def _other_cluster(known: str, ours: str) -> Refused:
@@ -159,38 +157,23 @@ def _late(message: str) -> Refused:
     return Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "TOO_SLOW", message)
 
 
-def _digest(data: bytes) -> str:
-    """In hex; empty stands for nothing known. Raises Refused."""
-    if len(data) not in (0, DIGEST_BYTES):
-        raise Refused(
-            grpc.StatusCode.INVALID_ARGUMENT, "BAD_DIGEST", f"a digest has {DIGEST_BYTES} bytes, this one {len(data)}"
-        )
-    return data.hex()
-
-
-def _digests(items: Iterable[bytes]) -> frozenset[str]:
-    return frozenset(_digest(item) for item in items) - {""}
-
-
 def _attached(now: float, session: str, hello: pb.Hello) -> e.Event:
     if hello.WhichOneof("member") == "agent":
         agent = hello.agent
         if len(agent.token_key) not in (0, KEY_BYTES):
-            raise _bad_hello(f"a token key has {KEY_BYTES} bytes, this one {len(agent.token_key)}")
+            raise bounds.bad_hello(f"a token key has {KEY_BYTES} bytes, this one {len(agent.token_key)}")
         return e.AgentAttached(
             now=now,
             node=agent.node_id,
             session=session,
             incarnation=hello.incarnation,
-            endpoint=agent.data_endpoint,
-            held=_digests(agent.held_digests),
+            endpoint=bounds.checked_endpoint(agent.data_endpoint),
+            held=bounds.digests(agent.held_digests),
             token_key=agent.token_key,
             bytes_used=agent.stage_bytes_used,
             bytes_free=agent.stage_bytes_free,
         )
     replica = hello.replica
-    if not replica.ranks:
-        raise _bad_hello("a replica's Hello lists every rank with its node")
     return e.ReplicaAttached(
         now=now,
         replica=replica.replica_id,
@@ -198,12 +181,12 @@ def _attached(now: float, session: str, hello: pb.Hello) -> e.Event:
         incarnation=hello.incarnation,
         model=replica.model,
         policy=convert.policy_from(replica.policy),
-        ranks=tuple((rank.index, rank.node_id, rank.pid) for rank in replica.ranks),
-        active=_digest(replica.active_digest),
+        ranks=bounds.ranks(replica.ranks),
+        active=bounds.digest(replica.active_digest),
         identifying=replica.identifying,
-        open_window=replica.open_window,
-        engine=replica.engine,
-        fingerprints=tuple(f.hex() for f in replica.fingerprints),
+        open_window=bounds.checked_id(replica.open_window, "an open window"),
+        engine=bounds.text(replica.engine, bounds.ENGINE_LENGTH_MAX),
+        fingerprints=bounds.fingerprints(replica.fingerprints),
     )
 
 
@@ -212,7 +195,9 @@ def _event(runtime: Runtime, session: str, member: str, request: pb.SessionReque
     match request.WhichOneof("message"):
         case "answer" if request.answer.refusal:
             answer = request.answer
-            return e.OrderRefused(*who, answer.update_id, Ticket(answer.epoch, answer.number), answer.refusal)
+            return e.OrderRefused(
+                *who, answer.update_id, Ticket(answer.epoch, answer.number), bounds.text(answer.refusal)
+            )
         case "report":
             return _report(who, request.report)
         case "heartbeat" | "answer":
@@ -226,16 +211,16 @@ def _report(who: tuple[float, str, str], report: pb.Report) -> e.Event | None:
     match report.WhichOneof("event"):
         case "stage_progress":
             progress = report.stage_progress
-            digest = _digest(progress.manifest_digest)
+            digest = bounds.digest(progress.manifest_digest)
             return e.StageProgressed(*who, update, digest, progress.bytes_done, progress.bytes_total)
         case "staged":
-            return e.Staged(*who, update, _digest(report.staged.manifest_digest))
+            return e.Staged(*who, update, bounds.digest(report.staged.manifest_digest))
         case "stage_failed":
             failed = report.stage_failed
-            return e.StageFailed(*who, update, _digest(failed.manifest_digest), failed.reason)
+            return e.StageFailed(*who, update, bounds.digest(failed.manifest_digest), bounds.text(failed.reason))
         case "images_held":
             held = report.images_held
-            return e.HeldChanged(*who, _digests(held.digests), held.stage_bytes_used, held.stage_bytes_free)
+            return e.HeldChanged(*who, bounds.digests(held.digests), held.stage_bytes_used, held.stage_bytes_free)
         case _:
             return _replica_report(who, ticket, report)
 
@@ -244,30 +229,30 @@ def _replica_report(who: tuple[float, str, str], ticket: Ticket, report: pb.Repo
     update = report.update_id
     match report.WhichOneof("event"):
         case "prepared":
-            return e.Prepared(*who, update, ticket, _digest(report.prepared.base_digest))
+            return e.Prepared(*who, update, ticket, bounds.digest(report.prepared.base_digest))
         case "prepare_failed":
-            return e.PrepareFailed(*who, update, ticket, report.prepare_failed.reason)
+            return e.PrepareFailed(*who, update, ticket, bounds.text(report.prepare_failed.reason))
         case "applied":
             applied = report.applied
             return e.Applied(
                 *who,
                 update,
                 ticket,
-                _digest(applied.active_digest),
+                bounds.digest(applied.active_digest),
                 convert.window_from(applied.window),
-                tuple(f.hex() for f in applied.fingerprints),
-                applied.note,
+                bounds.fingerprints(applied.fingerprints),
+                bounds.text(applied.note),
             )
         case "deferred":
-            return e.Deferred(*who, update, ticket, report.deferred.reason)
+            return e.Deferred(*who, update, ticket, bounds.text(report.deferred.reason))
         case "apply_failed":
             failed = report.apply_failed
             return e.ApplyFailed(
                 *who,
                 update,
                 ticket,
-                failed.reason,
-                _digest(failed.active_digest),
+                bounds.text(failed.reason),
+                bounds.digest(failed.active_digest),
                 torn=failed.failure == pb.APPLY_FAILURE_TORN,
                 window=convert.window_from(failed.window),
             )
@@ -275,9 +260,9 @@ def _replica_report(who: tuple[float, str, str], ticket: Ticket, report: pb.Repo
             changed = report.active_changed
             return e.ActiveChanged(
                 *who,
-                _digest(changed.active_digest),
-                tuple(f.hex() for f in changed.fingerprints),
-                changed.note,
+                bounds.digest(changed.active_digest),
+                bounds.fingerprints(changed.fingerprints),
+                bounds.text(changed.note),
             )
         case _:
             return e.Beat(*who)
