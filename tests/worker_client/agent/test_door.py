@@ -16,8 +16,10 @@ import pytest
 from tests.worker_client.agent.nodes import SmallCoordinator, a_config, a_coordinator, agent_of, until
 from tests.worker_client.stage.checkpoints import make_folder
 
+from hotweights.transports import frames
 from hotweights.v1 import fleet_pb2
 from hotweights.wire.errors import Refused, Unreachable
+from hotweights.worker_client.agent import data as data_module
 from hotweights.worker_client.agent import door as door_module
 from hotweights.worker_client.agent.door import Door, inner_folder
 from hotweights.worker_client.agent.peers import AllowList, Peer, parse_allow, peer_of
@@ -396,3 +398,22 @@ async def test_garbage_on_the_data_port_disturbs_no_reader(
         assert report.WhichOneof("event") == "staged", report
         for writer in writers:
             writer.close()
+
+
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n\r\n", frames.hello(b"x") + frames.read(bytes(32), 0, 0, 9)])
+async def test_strangers_at_the_data_port_do_not_fill_the_log(
+    home: Path, coordinator: SmallCoordinator, sent: bytes
+) -> None:
+    config = a_config(home, "a", coordinator.endpoint)
+    async with agent_of(config):
+        await coordinator.hears("a")
+        host, _, port = coordinator.hellos["a"].data_endpoint.removeprefix("tcp://").rpartition(":")
+        for _ in range(60):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(sent)
+            with suppress(ConnectionError):
+                while await asyncio.wait_for(reader.read(1000), DEADLINE_S):
+                    pass
+            writer.close()
+        lines = [line for line in log_of(config).splitlines() if "agent.data" in line]
+        assert 1 <= len(lines) <= data_module.OF_ONE_HOST.burst
