@@ -94,7 +94,7 @@ def read_file(path: Path) -> bytes:
 
 
 def load_chain(context: ssl.SSLContext, cert: Path, key: Path) -> None:
-    """Raises BadCertificate where the key cannot be read, SSLError where the two are no pair."""
+    """Raises BadCertificate where a file cannot be read, SSLError where the two are no pair."""
     is_locked = False
 
     def no_password() -> bytes:
@@ -110,6 +110,8 @@ def load_chain(context: ssl.SSLContext, cert: Path, key: Path) -> None:
         if error.reason in _REASONS:
             raise
         raise BadCertificate(f"{key} holds no private key in PEM form that can be used") from error
+    except OSError as error:  # gone since it was read: somebody renews without a rename
+        raise BadCertificate(f"{cert}, {key} cannot be read: {error.strerror}") from error
 
 
 def moment(at_s: float) -> str:
@@ -181,6 +183,8 @@ def _load_authorities(context: ssl.SSLContext, file: Path) -> None:
         context.load_verify_locations(cafile=file)
     except ssl.SSLError as error:
         raise BadCertificate(f"{file}: {_said(error)}") from error
+    except OSError as error:  # gone since it was read
+        raise BadCertificate(f"{file} cannot be read: {error.strerror}") from error
 
 
 def _try_out(cert: Path, key: Path, *, as_server: bool) -> float:
