@@ -251,6 +251,47 @@ async def test_connections_beyond_the_limit_are_closed_and_room_comes_back(
         await another.close()
 
 
+class Visitors:
+    """Connections to a door, of users as a test says them for the kernel."""
+
+    def __init__(self, socket_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._path, self._monkeypatch = socket_path, monkeypatch
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def turned_away(self, uid: int) -> bool:
+        """Whether one more is closed at once; else it stays."""
+        self._monkeypatch.setattr(door_module, "peer_of", lambda _: Peer(1, uid, frozenset()))
+        reader, writer = await asyncio.open_unix_connection(self._path, limit=1024)
+        self._writers.append(writer)
+        try:
+            return await asyncio.wait_for(reader.read(1), DEADLINE_S) == b""
+        except ConnectionError:
+            return True
+
+    async def leave(self, door: Door) -> None:
+        for writer in self._writers:
+            writer.close()
+        await until(lambda: door.connection_count == 0, "all have gone")
+
+
+async def test_a_user_on_the_list_locks_nobody_else_out_and_all_of_them_not_the_owner(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in (("CONNECTIONS_MAX", 6), ("OF_ONE_OTHER_MAX", 2), ("RESERVED", 3)):
+        monkeypatch.setattr(door_module, name, value)
+    visitors = Visitors(home / "s", monkeypatch)
+    async with served_door(home, AllowList(frozenset({OTHER, OTHER + 1}))) as (door, _):
+        assert [await visitors.turned_away(OTHER) for _ in range(20)] == [False] * 2 + [True] * 18
+        assert [await visitors.turned_away(OTHER + 1) for _ in range(2)] == [False, True], "3 of 6 are the owner's"
+        assert [await visitors.turned_away(os.geteuid()) for _ in range(4)] == [False] * 3 + [True]
+        told = [record.getMessage() for record in caplog.records if "was closed" in record.getMessage()]
+        assert f"a connection of uid {OTHER}, pid 1 was closed" in told[0]
+        assert len(told) == door_module.OF_ONE_USER.burst + 2, "twenty are not said one by one"
+        await visitors.leave(door)
+        assert not await visitors.turned_away(OTHER)
+        await visitors.leave(door)
+
+
 GARBAGE = {
     "nothing": b"",
     "random": bytes(range(256)) * 40,
