@@ -1,8 +1,10 @@
 """deploy/kubernetes: what the API server would take, and what our own programs would."""
 
+import contextlib
 import dataclasses
 import re
 import shutil
+import ssl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.certificates import Authority, Files, contexts
 
 from hotweights.cli.main import build_parser
 from hotweights.coordinator.config import Config as CoordinatorConfig
@@ -121,10 +124,46 @@ def test_agent_and_engine_read_the_same_stage_socket_and_coordinator(ours: list[
     assert engine.replica
     (agents,) = (r for r in ours if r["kind"] == "Service" and r["spec"].get("clusterIP") == "None")
     (port,) = (port["port"] for port in agents["spec"]["ports"])
-    assert agent.advertise == f"{agent.node}.{agents['metadata']['name']}:{port}"
+    assert agent.advertise == f"{agent.node}.{agents['metadata']['name']}.metadata.namespace.svc:{port}"
     assert agent.listen == f"0.0.0.0:{port}"
     # The stage lies in the volume, but is not its root, which belongs to another user.
     assert Path("/stage") in agent.stage_dir.parents
+
+
+def handshake(files: Files, name: str) -> None:
+    """In memory, as a reader with the source of that name. Raises SSLCertVerificationError."""
+    tls = contexts(files, files, trusts=files.ca)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = tls.server().wrap_bio(to_server, to_client, server_side=True)
+    client = tls.client().wrap_bio(to_client, to_server, server_hostname=name)
+    for side in (client, server, client, server):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    assert client.getpeercert()
+    assert server.getpeercert()
+
+
+def test_the_certificates_that_the_page_asks_for_are_good_for_the_names_that_are_advertised(tmp_path: Path) -> None:
+    """Certificates are matched by OpenSSL, which has rules of its own for wildcards."""
+    resources = [resource for path in sorted(FOLDER.iterdir()) for resource in yaml.safe_load_all(path.read_text())]
+    (agent,) = (c for c in containers(resources) if c["name"] == "agent")
+    in_pod = {"metadata.namespace": "serving", "metadata.name": "vllm-0"}
+    advertised = settings_of(agent, resources)["HOTWEIGHTS_ADVERTISE"]
+    for field, value in in_pod.items():
+        advertised = advertised.replace(field, value)
+    text = " ".join(README.read_text().split())
+    (theirs, workers) = re.findall(r"certificate is for (.*?), the workers' for `([^`]+)`", text)[0]
+    authority = Authority(tmp_path)
+    handshake(authority.issue("workers", workers.replace("NAMESPACE", "serving")), advertised.partition(":")[0])
+    names = re.findall("`([^`]+)`", theirs)
+    assert names == ["hotweights-coordinator", "localhost"]
+    for name in names:
+        handshake(authority.issue("coordinator", *names), name)
+
+
+def test_nothing_says_cleartext_where_tls_is_switched_on(files: list[Path]) -> None:
+    tls = any("HOTWEIGHTS_CA" in path.read_text() and "#tls" not in path.read_text() for path in files)
+    assert any("h2c" in path.read_text() for path in files) is not tls
 
 
 def test_our_programs_take_their_arguments(ours: list[Any]) -> None:

@@ -10,7 +10,7 @@ from tests.fuzz.kinds import Target
 from hotweights.transports import frames
 from hotweights.transports.errors import NotHeld, TransportError
 from hotweights.transports.tcp import TcpTransport
-from hotweights.transports.tcp_server import Limits, TcpServer
+from hotweights.transports.tcp_server import Limits, Peer, TcpServer
 
 IMAGE, TOKEN = b"i" * 32, b"good"
 CONTENT = bytes(range(256)) * 4
@@ -74,7 +74,7 @@ def server(data: bytes) -> None:
         peer.setblocking(False)
         client.sendall(data)
         client.shutdown(socket.SHUT_WR)
-        here.run(here.server._serve_connection(peer, "fuzz"))
+        here.run(here.server._serve_connection(Peer(peer, "fuzz", "fuzz")))
         client.settimeout(DEADLINE_S)
         answer = _read_all(client)
     assert here.server._accepting.done() is False

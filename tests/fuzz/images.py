@@ -126,6 +126,22 @@ def _page(index: int, count: int, data: bytes) -> bytes:
     return bytes([index, count]) + parts(data)
 
 
+def _file_of(header: str, data: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header.encode() + data
+
+
+def _odd_headers() -> list[bytes]:
+    """What Python's reader of JSON takes and the format does not, or only a 64-bit count of it."""
+    entry = '{"dtype":"U8","shape":%s,"data_offsets":[0,0]}'
+    shapes = (f"[0,{1 << 70}]", f"[{1 << 63},4,0]", f"[0,{(1 << 64) - 1}]")
+    return [
+        *(_file_of('{"a":' + entry % shape + "}") for shape in shapes),
+        _file_of(r'{"\ud800":' + entry % "[0]" + "}"),
+        _file_of(r'{"__metadata__":{"\ud800":"\udfff"}}'),
+        _file_of('{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"x":NaN}}'),
+    ]
+
+
 def _checkpoint() -> bytes:
     tensors: dict[str, Any] = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, np.uint8)}
     tensors["empty"] = np.zeros((0, 4), np.float16)
@@ -139,5 +155,5 @@ TARGETS = {
         lambda: [_page(0, 1, b"abc"), _page(0, 2, b"abc") + _page(1, 2, b"de"), _page(1, 2, b"x"), _page(0, 0, b"")],
         mutations=500,
     ),
-    "headers": Target(headers, lambda: [_checkpoint(), b"\2" + bytes(7) + b"{}", b"\xff" * 8]),
+    "headers": Target(headers, lambda: [_checkpoint(), b"\2" + bytes(7) + b"{}", b"\xff" * 8, *_odd_headers()]),
 }

@@ -148,6 +148,36 @@ def test_a_bad_change_is_said_once_and_the_old_pair_stays_until_a_good_one_comes
     assert watching.current() == place.other.cert.read_bytes()
 
 
+@pytest.mark.parametrize("which", ["cert", "key"])
+@pytest.mark.parametrize("reads", range(6))
+def test_files_that_are_gone_for_a_moment_at_any_point_of_a_renewal_leave_the_old_in_force(
+    place: Place, watching: Watching, monkeypatch: pytest.MonkeyPatch, which: str, reads: int
+) -> None:
+    """As it is with whoever removes them before he writes them. A try reads them six times."""
+    before = watching.current()
+    gone = watching.files.cert if which == "cert" else watching.files.key
+    left = reads
+
+    def removed_after(real: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*arguments: object, **more: object) -> object:
+            nonlocal left
+            if left == 0:
+                gone.unlink(missing_ok=True)
+            left -= 1
+            return real(*arguments, **more)
+
+        return wrapped
+
+    with monkeypatch.context() as patched:
+        for name in ("read_file", "_load_authorities", "load_chain"):
+            patched.setattr(certificates, name, removed_after(getattr(certificates, name)))
+        watching.files.become(place.other)
+        assert watching.current() == before
+        assert left < 0, "it was there all the time"
+    watching.files.become(place.authority.issue("last"))
+    assert watching.current() == watching.files.cert.read_bytes()
+
+
 def test_bad_files_are_not_tried_at_every_handshake(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(certificates, "TRY_AGAIN_S", 60.0)
     watching = Watching(place.authority.issue("watched"))

@@ -181,13 +181,17 @@ async def test_a_token_that_is_not_good_reads_nothing(transport: Transport) -> N
         await connection.close()
 
 
-async def test_a_token_for_one_image_opens_no_other(transport: Transport) -> None:
+async def test_a_token_for_one_image_opens_no_other_and_the_connection_is_over(transport: Transport) -> None:
     async with serving(transport, Held(CONTENT)) as server:
         connection = await connect(transport, server)
+        assert await read(connection, 0, 9) == CONTENT[:9]
         with pytest.raises(TokenRefused):
             await read(connection, 0, 9, image=OTHER_IMAGE)
-        assert await read(connection, 0, 9) == CONTENT[:9]
-        await connection.close()
+        with pytest.raises(PeerGone):
+            await read(connection, 0, 9)
+        another = await connect(transport, server)
+        assert await read(another, 0, 9) == CONTENT[:9]
+        await another.close()
 
 
 async def test_a_token_that_expires_ends_reading_over_the_connection_it_opened(transport: Transport) -> None:

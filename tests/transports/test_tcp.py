@@ -116,15 +116,89 @@ async def test_one_reader_too_many_is_turned_away_and_the_others_stay() -> None:
     transport = TcpTransport(Limits(connections_max=2))
     async with serving(transport, Held(CONTENT)) as server:
         inside = [await transport.connect(server.address, token=TOKEN, deadline_s=5) for _ in range(2)]
-        with pytest.raises(PeerGone):
-            await transport.connect(server.address, token=TOKEN, deadline_s=5)
+        late = await transport.connect(server.address, token=TOKEN, deadline_s=5)
         into = bytearray(9)
+        for connection in inside:
+            await connection.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5)
+        with pytest.raises(PeerGone, match="too many readers"):
+            await late.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5)
+        with pytest.raises(PeerGone, match="its limit"):
+            await transport.connect(server.address, token=TOKEN, deadline_s=5)
         await inside[1].read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5)
         assert into == CONTENT[:9]
         await inside[0].close()
         await asyncio.wait_for(until_count(server, 1), 5)
         assert await read(transport, server.address) == CONTENT[:99]
         await inside[1].close()
+
+
+STRANGERS: dict[str, bytes] = {"silent": b"", "no token": frames.hello(b"wrong"), "no read": GOOD_HELLO}
+
+
+@pytest.mark.parametrize("who", STRANGERS)
+async def test_strangers_as_many_as_come_turn_no_reader_away(who: str) -> None:
+    limits = Limits(connections_max=3, strangers_max=8, strangers_of_one_host_max=4)
+    transport = TcpTransport(limits, warn=lambda host, text: None)
+    async with serving(transport, Held(CONTENT)) as server:
+        reader = await transport.connect(server.address, token=TOKEN, deadline_s=5)
+        into = bytearray(9)
+        await reader.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5)
+        writers = []
+        for _ in range(5):
+            here = [asyncio.open_connection(*parse_address(server.address)) for _ in range(8)]
+            writers += await asyncio.gather(*here)
+            for _, writer in writers[-8:]:
+                writer.write(STRANGERS[who])
+        assert await read(transport, server.address) == CONTENT[:99]
+        await reader.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5)
+        assert into == CONTENT[:9]
+        for stream, _ in writers[:-4]:
+            await ended(stream)
+        await asyncio.wait_for(until_count(server, 1 + 4 - 1), 5)  # the last read took the place of one of four
+        for _, writer in writers:
+            writer.close()
+        await reader.close()
+
+
+async def test_the_host_with_the_most_strangers_makes_room_for_others() -> None:
+    limits = Limits(strangers_max=3, strangers_of_one_host_max=3)
+    async with serving(TcpTransport(limits, warn=lambda host, text: None), Held(CONTENT)) as server:
+        where = parse_address(server.address)
+
+        async def come(host: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            return await asyncio.open_connection(*where, local_addr=(host, 0))
+
+        first, *crowd = [await come(host) for host in ("127.0.0.2", "127.0.0.1", "127.0.0.1")]
+        late = await come("127.0.0.3")
+        await ended(crowd[0][0])
+        for stream, writer in (first, crowd[1], late):
+            assert not stream.at_eof()
+            writer.close()
+        crowd[0][1].close()
+
+
+async def test_who_is_let_in_and_reads_nothing_is_left_behind() -> None:
+    transport = TcpTransport(Limits(hello_s=0.2))
+    async with serving(transport, Held(CONTENT)) as server:
+        connection = await transport.connect(server.address, token=TOKEN, deadline_s=5)
+        await asyncio.wait_for(until_count(server, 0), 5)
+        await connection.close()
+        reader = await transport.connect(server.address, token=TOKEN, deadline_s=5)
+        into = bytearray(9)
+        for _ in range(2):
+            await reader.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5)
+            await asyncio.sleep(0.4)  # a reader may take its time
+        await reader.close()
+
+
+async def test_a_token_that_is_refused_ends_the_connection_at_the_source() -> None:
+    transport = TcpTransport()
+    async with serving(transport, Held(CONTENT)) as server:
+        stream, writer = await asyncio.open_connection(*parse_address(server.address))
+        writer.write(frames.hello(b"wrong") + frames.read(IMAGE, 0, 0, 9))
+        await ended(stream)
+        await asyncio.wait_for(until_count(server, 0), 5)
+        writer.close()
 
 
 async def test_a_source_process_killed_in_the_middle_of_a_bucket_is_gone() -> None:

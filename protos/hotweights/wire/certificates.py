@@ -75,6 +75,12 @@ def read_ca(ca: Path) -> bytes:
     return content
 
 
+def trust(context: ssl.SSLContext, ca: Path) -> None:
+    """Who has a certificate of the authorities in the file is believed from now on. Raises BadCertificate."""
+    read_ca(ca)
+    _load_authorities(context, ca)
+
+
 def read_file(path: Path) -> bytes:
     """Raises BadCertificate."""
     try:
@@ -88,7 +94,7 @@ def read_file(path: Path) -> bytes:
 
 
 def load_chain(context: ssl.SSLContext, cert: Path, key: Path) -> None:
-    """Raises BadCertificate where the key cannot be read, SSLError where the two are no pair."""
+    """Raises BadCertificate where a file cannot be read, SSLError where the two are no pair."""
     is_locked = False
 
     def no_password() -> bytes:
@@ -104,6 +110,8 @@ def load_chain(context: ssl.SSLContext, cert: Path, key: Path) -> None:
         if error.reason in _REASONS:
             raise
         raise BadCertificate(f"{key} holds no private key in PEM form that can be used") from error
+    except OSError as error:  # gone since it was read: somebody renews without a rename
+        raise BadCertificate(f"{cert}, {key} cannot be read: {error.strerror}") from error
 
 
 def moment(at_s: float) -> str:
@@ -165,11 +173,18 @@ def _trusting(file: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    _load_authorities(context, file)
+    return context
+
+
+def _load_authorities(context: ssl.SSLContext, file: Path) -> None:
+    """By its name, not by its content: as a text ssl takes ASCII only, and bundles have comments."""
     try:
         context.load_verify_locations(cafile=file)
     except ssl.SSLError as error:
         raise BadCertificate(f"{file}: {_said(error)}") from error
-    return context
+    except OSError as error:  # gone since it was read
+        raise BadCertificate(f"{file} cannot be read: {error.strerror}") from error
 
 
 def _try_out(cert: Path, key: Path, *, as_server: bool) -> float:
@@ -183,7 +198,7 @@ def _try_out(cert: Path, key: Path, *, as_server: bool) -> float:
         # The same with the roles of who is looked at changed; the server's own certificate is of no interest.
         shows.verify_mode = ssl.CERT_REQUIRED
         shows.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        shows.load_verify_locations(cafile=cert)
+        _load_authorities(shows, cert)
         looks.verify_mode = ssl.CERT_NONE
         load_chain(looks, cert, key)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()

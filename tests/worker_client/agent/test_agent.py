@@ -1,6 +1,7 @@
 """Agents as engines, publishers and the coordinator meet them: real sockets, real TCP, real files."""
 
 import asyncio
+import json
 import os
 import stat
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from tests.worker_client.agent.nodes import SmallCoordinator, a_config, a_coordinator, agent_of, until
+from tests.worker_client.image.files import entry, write_raw
 from tests.worker_client.stage.checkpoints import contents, make_folder, touch_bytes
 
 from hotweights.v1 import agent_service_pb2 as pb
@@ -23,6 +25,7 @@ from hotweights.worker_client.agent import folders
 from hotweights.worker_client.agent.locks import AgentRuns
 from hotweights.worker_client.agent.process import serve_agent
 from hotweights.worker_client.agent_client import connect_or_start
+from hotweights.worker_client.image.folder import INDEX
 from hotweights.worker_client.image.manifest import Image, build_manifest
 from hotweights.worker_client.stage.errors import StageTaken
 
@@ -250,6 +253,34 @@ async def test_an_agent_that_restarts_serves_again_what_did_not_change(
         assert [(folder.version, folder.manifest_digest) for folder in status.folders] == [("v1", first)]
         assert [image.manifest_digest for image in status.images] == [second], "its staged copy is as it was"
         await agent.map_image(second, "replica-0")
+
+
+HOSTILE: dict[str, dict[str, object]] = {
+    "a tensor's name that is no Unicode": {"a\ud800": entry("U8", [1], 0, 1)},
+    "a shape beyond 64 bits": {"a": entry("U8", [1], 0, 1), "b": entry("U8", [0, 1 << 70], 1, 1)},
+    "an index that names a file of no Unicode": {"weight_map": {"a": "\ud800.safetensors"}},
+    "an index that names a tensor of no Unicode": {"weight_map": {"a\ud800": "model-0.safetensors"}},
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+async def test_a_served_folder_that_is_spoiled_with_what_no_manifest_holds_does_not_end_the_agent(
+    home: Path, coordinator: SmallCoordinator, what: str
+) -> None:
+    folder = make_folder(home / "v1")
+    config = a_config(home, "a", coordinator.endpoint)
+    async with agent_of(config) as agent:
+        await agent.publish_folder(folder, "m", "v1")
+    if "weight_map" in HOSTILE[what]:
+        (folder / INDEX).write_text(json.dumps(HOSTILE[what]))
+    else:
+        write_raw(folder / "model-0.safetensors", HOSTILE[what], b"x")
+    async with agent_of(config) as agent:
+        with pytest.raises(Refused) as refused:
+            await agent.identify_folder(folder)
+        assert refused.value.reason == "BAD_IMAGE"
+        await until(lambda: "no longer served" in (config.stage_dir / "agent.log").read_text(), "it is told")
+        assert list((await agent.status()).folders) == []
 
 
 async def test_an_agent_that_restarts_stages_from_a_folder_it_is_still_hashing_again(

@@ -16,8 +16,10 @@ import pytest
 from tests.worker_client.agent.nodes import SmallCoordinator, a_config, a_coordinator, agent_of, until
 from tests.worker_client.stage.checkpoints import make_folder
 
+from hotweights.transports import frames
 from hotweights.v1 import fleet_pb2
 from hotweights.wire.errors import Refused, Unreachable
+from hotweights.worker_client.agent import data as data_module
 from hotweights.worker_client.agent import door as door_module
 from hotweights.worker_client.agent.door import Door, inner_folder
 from hotweights.worker_client.agent.peers import AllowList, Peer, parse_allow, peer_of
@@ -249,6 +251,47 @@ async def test_connections_beyond_the_limit_are_closed_and_room_comes_back(
         await another.close()
 
 
+class Visitors:
+    """Connections to a door, of users as a test says them for the kernel."""
+
+    def __init__(self, socket_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._path, self._monkeypatch = socket_path, monkeypatch
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def turned_away(self, uid: int) -> bool:
+        """Whether one more is closed at once; else it stays."""
+        self._monkeypatch.setattr(door_module, "peer_of", lambda _: Peer(1, uid, frozenset()))
+        reader, writer = await asyncio.open_unix_connection(self._path, limit=1024)
+        self._writers.append(writer)
+        try:
+            return await asyncio.wait_for(reader.read(1), DEADLINE_S) == b""
+        except ConnectionError:
+            return True
+
+    async def leave(self, door: Door) -> None:
+        for writer in self._writers:
+            writer.close()
+        await until(lambda: door.connection_count == 0, "all have gone")
+
+
+async def test_a_user_on_the_list_locks_nobody_else_out_and_all_of_them_not_the_owner(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in (("CONNECTIONS_MAX", 6), ("OF_ONE_OTHER_MAX", 2), ("RESERVED", 3)):
+        monkeypatch.setattr(door_module, name, value)
+    visitors = Visitors(home / "s", monkeypatch)
+    async with served_door(home, AllowList(frozenset({OTHER, OTHER + 1}))) as (door, _):
+        assert [await visitors.turned_away(OTHER) for _ in range(20)] == [False] * 2 + [True] * 18
+        assert [await visitors.turned_away(OTHER + 1) for _ in range(2)] == [False, True], "3 of 6 are the owner's"
+        assert [await visitors.turned_away(os.geteuid()) for _ in range(4)] == [False] * 3 + [True]
+        told = [record.getMessage() for record in caplog.records if "was closed" in record.getMessage()]
+        assert f"a connection of uid {OTHER}, pid 1 was closed" in told[0]
+        assert len(told) == door_module.OF_ONE_USER.burst + 2, "twenty are not said one by one"
+        await visitors.leave(door)
+        assert not await visitors.turned_away(OTHER)
+        await visitors.leave(door)
+
+
 GARBAGE = {
     "nothing": b"",
     "random": bytes(range(256)) * 40,
@@ -396,3 +439,22 @@ async def test_garbage_on_the_data_port_disturbs_no_reader(
         assert report.WhichOneof("event") == "staged", report
         for writer in writers:
             writer.close()
+
+
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n\r\n", frames.hello(b"x") + frames.read(bytes(32), 0, 0, 9)])
+async def test_strangers_at_the_data_port_do_not_fill_the_log(
+    home: Path, coordinator: SmallCoordinator, sent: bytes
+) -> None:
+    config = a_config(home, "a", coordinator.endpoint)
+    async with agent_of(config):
+        await coordinator.hears("a")
+        host, _, port = coordinator.hellos["a"].data_endpoint.removeprefix("tcp://").rpartition(":")
+        for _ in range(60):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(sent)
+            with suppress(ConnectionError):
+                while await asyncio.wait_for(reader.read(1000), DEADLINE_S):
+                    pass
+            writer.close()
+        lines = [line for line in log_of(config).splitlines() if "agent.data" in line]
+        assert 1 <= len(lines) <= data_module.OF_ONE_HOST.burst

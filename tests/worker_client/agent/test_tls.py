@@ -144,6 +144,16 @@ async def test_what_other_machines_reach_is_tls_where_the_coordinator_is(
             await port.close()
 
 
+async def test_an_authority_may_be_commented_in_any_language_and_encoding(place: Place) -> None:
+    pem = place.ours.file.read_bytes()
+    place.ours.file.write_bytes("# Zertifizierungsstelle für \u4e2d\n".encode() + b"\xff\n" + pem + b"\xe9\n")
+    async with ports(place, place.a, place.b) as (source, reader):
+        await reach(reader, source)
+        place.b.become(place.stranger)
+        with pytest.raises(TlsFailed, match="unknown ca"):
+            await reach(reader, source)
+
+
 def test_certificates_that_are_no_good_end_an_agent_before_it_serves(place: Place) -> None:
     over = place.ours.issue("over", ends=2001)
     with pytest.raises(BadCertificate, match="certificate has expired"):

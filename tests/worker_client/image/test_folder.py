@@ -70,6 +70,7 @@ def test_an_index_that_names_a_missing_file_is_refused_by_both_names(tmp_path: P
         ('{"weight_map": {"a": "/etc/a.safetensors"}}', "no plain"),
         ('{"weight_map": {"a": "a.bin"}}', "no plain"),
         ('{"weight_map": {"a": 1}}', "no plain"),
+        (r'{"weight_map": {"a": "\ud800.safetensors"}}', "no plain"),
     ],
 )
 def test_an_index_that_is_none_is_refused(tmp_path: Path, index: str, problem: str) -> None:
@@ -119,7 +120,9 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         assert caught.value.file == name
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "/a", "a\\b", ".a", "a\0b", "a\nb", "x" * 256])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "../a", "/a", "a\\b", ".a", "a\0b", "a\nb", "x" * 256, "\ud800"]
+)
 def test_only_plain_names_are_plain(name: str) -> None:
     assert not is_plain_name(name)
     assert not belongs(name + ".json", include_code=True) or not name

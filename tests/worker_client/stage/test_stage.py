@@ -18,7 +18,7 @@ from hotweights.worker_client.image.manifest import Image
 from hotweights.worker_client.stage import pins
 from hotweights.worker_client.stage.copy import copy_folder
 from hotweights.worker_client.stage.errors import ImageAltered, NotStaged, StageFull, StageTaken, StageUnsafe
-from hotweights.worker_client.stage.stage import Stage
+from hotweights.worker_client.stage.stage import Stage, safe_folder
 
 
 @pytest.fixture
@@ -341,13 +341,35 @@ def test_a_link_planted_in_an_unfinished_image_is_not_followed(stage: Stage, tmp
     assert victim.read_text() == "precious"
 
 
-def test_the_folder_above_the_stage_is_shared_where_memory_is_shared(tmp_path: Path) -> None:
-    """The second user of a machine must be able to make a stage under /dev/shm/hotweights too."""
+def test_folders_on_the_way_to_the_stage_are_nobody_elses_to_write_to(tmp_path: Path) -> None:
     shared = tmp_path / "shm"
     shared.mkdir()
     shared.chmod(0o1777)
-    stage = Stage(shared / "hotweights" / "0")
-    stage.open()
-    stage.close()
-    assert stat.S_IMODE((shared / "hotweights").stat().st_mode) == 0o1777
-    assert stat.S_IMODE((shared / "hotweights" / "0").stat().st_mode) == 0o700
+    before = os.umask(0)
+    try:
+        safe_folder(shared / "on" / "the" / "way", in_pod=False)
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((shared / name).stat().st_mode) for name in ("on", "on/the", "on/the/way")]
+    assert modes == [0o755, 0o755, 0o700]
+
+
+def test_a_stage_that_everybody_may_replace_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(StageUnsafe, match="everybody may write to"):
+        safe_folder(tmp_path / "a" / "b", in_pod=False)
+    assert list(tmp_path.iterdir()) == []
+    safe_folder(tmp_path / "a" / "b", in_pod=True)  # as the kubelet makes volumes
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_stage_in_a_folder_that_another_user_made_for_all_is_refused(tmp_path: Path) -> None:
+    """Who owns a sticky folder may rename what others have in it."""
+    tmp_path.chmod(0o1777)
+    theirs = tmp_path / "hotweights"
+    theirs.mkdir()
+    theirs.chmod(0o1777)
+    os.chown(theirs, 65534, 65534)
+    with pytest.raises(StageUnsafe, match="belongs to user 65534"):
+        safe_folder(theirs / "0", in_pod=False)
+    assert list(theirs.iterdir()) == []

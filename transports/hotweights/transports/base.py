@@ -9,9 +9,10 @@ What is promised, and proven by tests/transports/test_conformance.py:
 
 - `read_into` returns when all bytes are in place, and raises otherwise. After an error, a deadline
   or a cancellation, nothing writes to that memory any more; how much of it was written is unknown.
-- A read that is refused (NotHeld, TokenRefused) leaves the connection usable, and so does one that
-  ends while it waits for its turn. Any other error, a deadline and a cancellation in the middle of
-  a read close it: it is between two frames no longer.
+- A read that is refused with NotHeld leaves the connection usable, and so does one that ends while
+  it waits for its turn. Any other error, a deadline and a cancellation in the middle of a read
+  close it: it is between two frames no longer. TokenRefused does so too: a source keeps no place
+  for who may not read.
 - Nothing is verified here. Who reads compares digests.
 """
 

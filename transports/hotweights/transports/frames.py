@@ -7,6 +7,8 @@
                                  <----   DATA size, then that many bytes; or REFUSED why
     READ ...
 
+REFUSED ends the connection, unless it is that a range is not held.
+
 Every frame is: length of the body (4 bytes, big endian), kind (1 byte), body. Only the bytes after
 DATA are longer than FRAME_BYTES_MAX, and their number was asked for.
 """

@@ -59,7 +59,9 @@ class MemoryConnection:
 
     async def _read(self, image: bytes, file: int, offset: int, into: memoryview) -> None:
         async with self._turn:
+            self._check_alive()
             if not self._server.check(self._token, image):
+                self._closed.set()
                 raise TokenRefused(self._server.address, image)
             try:
                 with await self._open(image, file, offset, len(into)) as view:

@@ -12,7 +12,7 @@ from hotweights.transports.address import format_address, parse_address
 from hotweights.transports.base import BucketSource, TokenCheck, check_range, check_token
 from hotweights.transports.errors import DeadlinePassed, NotHeld, PeerGone, TlsFailed, TokenRefused
 from hotweights.transports.line import Line, NoTls, PlainLine, Tls, TlsLine
-from hotweights.transports.tcp_server import Limits, TcpServer
+from hotweights.transports.tcp_server import Limits, TcpServer, Warn, log_all
 
 LISTEN = "127.0.0.1:0"
 BACKLOG = 128
@@ -45,7 +45,7 @@ class TcpConnection:
                 kind, body = await frames.receive_frame(self._line)
                 if kind is frames.Kind.REFUSED:
                     refusal = self._refusal(body, image, file, offset, len(into))
-                    whole = True
+                    whole = isinstance(refusal, NotHeld)
                     raise refusal
                 if frames.parse_data(kind, body) != len(into):
                     raise frames.Garbage("sends another number of bytes than were asked for")
@@ -66,6 +66,8 @@ class TcpConnection:
             return TokenRefused(self._address, image)
         if why is frames.Why.NOT_HELD:
             return NotHeld(image, file, offset, size, text)
+        if why is frames.Why.BUSY:
+            return PeerGone(self._address, "has too many readers")
         raise frames.Garbage("refuses the connection in the middle of it")
 
     async def close(self) -> None:
@@ -91,10 +93,14 @@ class TcpTransport:
 
     name = "tcp"
 
-    def __init__(self, limits: Limits | None = None, tls: Tls | None = None) -> None:
-        """With `tls` everything is over TLS, and nothing in plaintext; without it, the reverse."""
+    def __init__(self, limits: Limits | None = None, tls: Tls | None = None, warn: Warn = log_all) -> None:
+        """With `tls` everything is over TLS, and nothing in plaintext; without it, the reverse.
+
+        `warn` hears of what strangers do to servers: every time.
+        """
         self._limits = limits or Limits()
         self._tls = tls
+        self._warn = warn
 
     async def serve(
         self, source: BucketSource, listen: str = LISTEN, *, check: TokenCheck, advertise: str | None = None
@@ -115,7 +121,7 @@ class TcpTransport:
         except BaseException:
             listener.close()
             raise
-        return TcpServer(listener, address, source, check, self._limits, self._tls)
+        return TcpServer(listener, address, source, check, self._limits, self._tls, self._warn)
 
     async def connect(self, address: str, *, token: bytes, deadline_s: float) -> TcpConnection:
         check_token(token)

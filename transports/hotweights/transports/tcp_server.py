@@ -1,12 +1,17 @@
 """The serving side of the tcp transport: one task a connection, every wait with a limit.
 
-A connection that sends nonsense is closed with one line in the log; the others notice nothing.
+    accepted: a stranger --its first read shows a good token--> a reader
+              few, fewer of one host, and for seconds only      connections_max
+
+A connection that sends nonsense is closed with one line in the log, and one whose token is refused at once; the others
+notice nothing. Strangers never take a reader's place: beyond their limits the oldest of the host with the most goes.
 """
 
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,6 +24,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# Called with a host, "" for none, and what a log is to say of it. A stranger can cause it as often as he likes.
+Warn = Callable[[str, str], None]
+
 SEND_BYTES = 4 << 20
 CLOSE_S = 5.0
 
@@ -27,13 +35,33 @@ CLOSE_S = 5.0
 class Limits:
     """What a server puts up with."""
 
+    # Of readers: whose token was good.
     connections_max: int = 256
-    # From accepting a connection to its HELLO, the TLS handshake included.
+    # Of strangers. A reader is one for as long as a handshake and two small frames take.
+    strangers_max: int = 64
+    strangers_of_one_host_max: int = 16
+    # From accepting a connection to its HELLO, the TLS handshake included; and from there to its first read.
     hello_s: float = 10.0
     # From one read to the next: a reader may verify what it got in between.
     idle_s: float = 120.0
     # For 4 MiB to leave: 140 KB/s at least.
     stall_s: float = 30.0
+
+
+@dataclass(eq=False)
+class Peer:
+    """The other end of a connection."""
+
+    sock: socket.socket
+    host: str
+    name: str
+    is_reader: bool = False
+    is_cut: bool = False  # about to end
+
+
+def log_all(host: str, text: str) -> None:
+    """A Warn for those who are not exposed to strangers."""
+    log.warning("%s", text)
 
 
 class TcpServer:
@@ -47,6 +75,7 @@ class TcpServer:
         check: TokenCheck,
         limits: Limits,
         tls: Tls | None = None,
+        warn: Warn = log_all,
     ) -> None:
         self.address = address
         self._listener = listener
@@ -54,7 +83,8 @@ class TcpServer:
         self._check = check
         self._limits = limits
         self._tls = tls
-        self._connections: dict[asyncio.Task[None], socket.socket] = {}
+        self._warn = warn
+        self._connections: dict[asyncio.Task[None], Peer] = {}  # oldest first
         self._closing = False
         self._accepting = asyncio.create_task(self._accept(), name=f"accept {address}")
 
@@ -69,9 +99,8 @@ class TcpServer:
         self._closing = True
         self._accepting.cancel()
         tasks = list(self._connections)
-        for task, sock in list(self._connections.items()):
-            _shut_down(sock)
-            task.cancel()
+        for task in tasks:
+            self._cut(task)
         await asyncio.wait([self._accepting, *tasks], timeout=CLOSE_S)
         self._listener.close()
 
@@ -81,21 +110,46 @@ class TcpServer:
             try:
                 sock, peer = await loop.sock_accept(self._listener)
             except OSError as error:  # out of descriptors, or the peer left again
-                log.warning("%s: cannot accept a connection: %s", self.address, error)
+                self._warn("", f"{self.address}: cannot accept a connection: {error}")
                 await asyncio.sleep(0.2)
                 continue
-            if len(self._connections) >= self._limits.connections_max:
-                self._turn_away(sock)
+            host = str(peer[0])
+            if self._is_full():
+                with sock:
+                    self._turn_away(sock, host)
                 continue
-            task = asyncio.create_task(self._serve_connection(sock, f"{peer[0]}:{peer[1]}"))
-            self._connections[task] = sock
+            self._make_room(host)
+            there = Peer(sock, host, f"{host}:{peer[1]}")
+            task = asyncio.create_task(self._serve_connection(there))
+            self._connections[task] = there
             task.add_done_callback(self._forget)
 
-    def _turn_away(self, sock: socket.socket) -> None:
-        log.warning("%s: turned a reader away: %d connections are open", self.address, len(self._connections))
-        with sock:
-            if self._tls is None:  # with TLS nothing can be said before a handshake, for which there is no room
-                self._say(sock, frames.Why.BUSY, f"has {len(self._connections)} connections, its limit")
+    def _is_full(self) -> bool:
+        return sum(peer.is_reader for peer in self._connections.values()) >= self._limits.connections_max
+
+    def _turn_away(self, sock: socket.socket, host: str) -> None:
+        self._warn(host, f"{self.address}: turned {host} away: {len(self._connections)} connections are open")
+        if self._tls is None:  # with TLS nothing can be said before a handshake, for which there is no room
+            self._say(sock, frames.Why.BUSY, f"has {len(self._connections)} connections, its limit")
+
+    def _make_room(self, host: str) -> None:
+        """For one more stranger, of this host."""
+        strangers = {task: peer for task, peer in self._connections.items() if not (peer.is_reader or peer.is_cut)}
+        hosts = Counter(peer.host for peer in strangers.values())
+        if hosts[host] >= self._limits.strangers_of_one_host_max:
+            crowded = host
+        elif len(strangers) >= self._limits.strangers_max:
+            crowded = hosts.most_common(1)[0][0]
+        else:
+            return
+        oldest, peer = next((task, peer) for task, peer in strangers.items() if peer.host == crowded)
+        self._turn_away(peer.sock, peer.host)
+        self._cut(oldest)
+
+    def _cut(self, task: "asyncio.Task[None]") -> None:
+        self._connections[task].is_cut = True
+        _shut_down(self._connections[task].sock)
+        task.cancel()
 
     def _say(self, sock: socket.socket, why: frames.Why, text: str) -> None:
         """Last words in plaintext."""
@@ -105,25 +159,31 @@ class TcpServer:
             log.debug("%s: the reader had left", self.address)
 
     def _forget(self, task: "asyncio.Task[None]") -> None:
-        del self._connections[task]
+        self._connections.pop(task).sock.close()  # one that was cut before it began has not done so itself
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s: a connection failed in a way it must not", self.address, exc_info=error)
 
-    async def _serve_connection(self, sock: socket.socket, peer: str) -> None:
+    async def _serve_connection(self, peer: Peer) -> None:
+        sock = peer.sock
         with sock:
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 line, token = await _within(self._limits.hello_s, self._welcome(sock))
                 await self._send(line, memoryview(frames.frame(frames.Kind.WELCOME)))
                 while not self._closing:
-                    kind, body = await _within(self._limits.idle_s, frames.receive_frame(line))
-                    await self._serve_read(line, token, frames.parse_read(kind, body))
+                    wait_s = self._limits.idle_s if peer.is_reader else self._limits.hello_s
+                    kind, body = await _within(wait_s, frames.receive_frame(line))
+                    wish = frames.parse_read(kind, body)
+                    if (why := self._refusal(peer, token, wish)) is not None:
+                        await self._send(line, memoryview(frames.refused(why)))
+                        return
+                    await self._serve_read(line, wish)
             except (frames.Garbage, NoTls) as garbage:
-                log.warning("%s: closed the connection of %s, which %s", self.address, peer, garbage)
+                self._warn(peer.host, f"{self.address}: closed the connection of {peer.name}, which {garbage}")
                 if isinstance(garbage, NoTls) and garbage.one_is_plain:
                     self._say(sock, frames.Why.TLS, "speaks no TLS" if self._tls is None else "speaks TLS only")
             except (frames.Ended, asyncio.TimeoutError, OSError) as error:
-                log.debug("%s: the connection of %s ended: %s", self.address, peer, error or "too slow")
+                log.debug("%s: the connection of %s ended: %s", self.address, peer.name, error or "too slow")
 
     async def _welcome(self, sock: socket.socket) -> tuple[Line, bytes]:
         """The line, and the token that it was opened with. Raises Garbage, Ended, OSError, NoTls."""
@@ -134,10 +194,16 @@ class TcpServer:
         kind, body = await frames.receive_frame(line)
         return line, frames.parse_hello(kind, body)
 
-    async def _serve_read(self, line: Line, token: bytes, wish: frames.Read) -> None:
+    def _refusal(self, peer: Peer, token: bytes, wish: frames.Read) -> frames.Why | None:
+        """Why the connection ends instead of the read. None makes a reader of a stranger."""
         if not self._check(token, wish.image):
-            await self._send(line, memoryview(frames.refused(frames.Why.TOKEN)))
-            return
+            return frames.Why.TOKEN
+        if not peer.is_reader and self._is_full():
+            return frames.Why.BUSY
+        peer.is_reader = True
+        return None
+
+    async def _serve_read(self, line: Line, wish: frames.Read) -> None:
         try:
             view = await open_in_thread(self._source, wish.image, wish.file, wish.offset, wish.size)
         except NotHeld as problem:

@@ -12,7 +12,7 @@ def add_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     add_endpoint(parser)
     add_access(parser)
     parser.add_argument("--node", help="the node's id (default: the host's name)")
-    parser.add_argument("--stage-dir", metavar="DIR", help="where images are staged (default: /dev/shm/hotweights/UID)")
+    parser.add_argument("--stage-dir", metavar="DIR", help="where images are staged (default: /dev/shm/hotweights-UID)")
     parser.add_argument("--socket", metavar="PATH", help="for this node's engines (default: STAGE_DIR/agent.sock)")
     parser.add_argument(
         "--listen", metavar="HOST:PORT", help="serve buckets to other nodes here (default: 127.0.0.1:0)"

@@ -29,7 +29,8 @@ from hotweights.wire.endpoint import Endpoint
 from hotweights.wire.errors import Refused, Unreachable, from_rpc_error
 from hotweights.worker_client.config import Config
 from hotweights.worker_client.stage.pins import hold_pin, pin_path
-from hotweights.worker_client.stage.stage import own_folder
+from hotweights.worker_client.stage.stage import safe_folder
+from hotweights.worker_client.stage.way import is_everybodys, weak_point
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ OUTPUT_NAME = "agent.out"
 class AgentClient:
     """Calls to the agent. While it is open, the agent does not end for want of clients. Use from one event loop.
 
-    Every method raises Refused (do not try again) and Unreachable (outcome unknown; try again).
+    Every method raises Refused (do not try again) and Unreachable (outcome unknown; try again). Nothing is sent to a
+    socket at which somebody could listen who is neither this user nor root nor chosen by naming the path.
     """
 
     def __init__(self, config: Config) -> None:
@@ -179,6 +181,8 @@ class AgentClient:
             await asyncio.sleep(every_s)
             try:
                 await self.probe()
+            except Refused as error:
+                log.warning("%s", error)
             except Unreachable as error:
                 log.warning("%s", error)
                 if not self._config.in_kubernetes:
@@ -207,10 +211,26 @@ class AgentClient:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
+        self._check_socket()
         try:
             yield
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, self._what) from error
+
+    def _check_socket(self) -> None:
+        """At every call: what is made after one look at it would be seen by the next only.
+
+        Raises Refused, and Unreachable where the socket's folder is not there: whoever makes it then is not known.
+        """
+        socket, in_pod = self._config.agent_socket, self._config.in_kubernetes
+        problem = weak_point(socket, in_pod=in_pod)
+        try:
+            if not problem and not in_pod and is_everybodys(socket.parent):
+                problem = f"everybody may listen in {socket.parent}"
+        except OSError as error:
+            raise Unreachable(self._what, f"{socket.parent}: {error.strerror}") from error
+        if problem:
+            raise _socket_unsafe(socket, problem)
 
 
 def _absolute(folder: Path) -> str:
@@ -244,7 +264,7 @@ async def _start(config: Config, client: AgentClient) -> pb.GetAgentStatusRespon
     """Starts an agent, and another if none answers after a while, until the deadline."""
     loop = asyncio.get_running_loop()
     ends_at, starts_at = loop.time() + START_DEADLINE_S, 0.0
-    own_folder(config.stage_dir)
+    safe_folder(config.stage_dir, in_pod=config.in_kubernetes)
     (config.stage_dir / OUTPUT_NAME).write_bytes(b"")
     while True:
         if loop.time() >= starts_at:
@@ -285,6 +305,16 @@ def _why_not(config: Config) -> str:
         if text:
             return f"it was started and does not answer; its output ends: {text[-OUTPUT_SHOWN:]}"
     return f"it was started and does not answer; see {config.stage_dir}/agent.log"
+
+
+def _socket_unsafe(socket: Path, problem: str) -> Refused:
+    return Refused(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "SOCKET_UNSAFE",
+        f"who listens at {socket} cannot be trusted: {problem}; remove it, or set HOTWEIGHTS_STAGE_DIR or "
+        "HOTWEIGHTS_AGENT_SOCKET",
+        socket=str(socket),
+    )
 
 
 def _not_shared(folder: Path) -> Refused:

@@ -48,7 +48,7 @@ SETTINGS = (
     Setting("HOTWEIGHTS_MODEL", "", "the model an engine follows; empty is the coordinator's only one"),
     Setting("HOTWEIGHTS_REPLICA", "HOST-PID", "the replica's id; set it to keep it over restarts"),
     Setting("HOTWEIGHTS_NODE", "host name", "the node's id"),
-    Setting("HOTWEIGHTS_STAGE_DIR", "/dev/shm/hotweights/UID", "where images are staged"),
+    Setting("HOTWEIGHTS_STAGE_DIR", "/dev/shm/hotweights-UID", "where images are staged"),
     Setting("HOTWEIGHTS_AGENT_SOCKET", "STAGE_DIR/agent.sock", "the node's agent"),
     Setting("HOTWEIGHTS_AGENT_ALLOW", "", "who may use the agent beside its own user and root: UID,@GROUP,..."),
     Setting("HOTWEIGHTS_LISTEN", "127.0.0.1:0", "where the agent serves buckets to other nodes"),
@@ -218,11 +218,12 @@ def _check_pair(config: Config) -> None:
 
 
 def _default_stage() -> Path:
-    """Shared memory where there is some; a folder of the user's own elsewhere (macOS)."""
-    user = os.getuid()
-    if sys.platform == "linux":
-        return Path("/dev/shm/hotweights") / str(user)
-    return Path(tempfile.gettempdir()) / f"hotweights-{user}"
+    """A folder of the user's own, in shared memory where there is some (not on macOS).
+
+    Directly: a folder for all users would belong to one of them, who could put others' stages elsewhere.
+    """
+    memory = "/dev/shm" if sys.platform == "linux" else tempfile.gettempdir()
+    return Path(memory) / f"hotweights-{os.getuid()}"
 
 
 def _hf_cache(environ: Mapping[str, str]) -> Path:

@@ -10,7 +10,7 @@ import ssl
 from pathlib import Path
 
 from hotweights.transports.line import Tls
-from hotweights.wire.certificates import BadCertificate, Watched, load_chain, read_ca, read_pair
+from hotweights.wire.certificates import BadCertificate, Watched, load_chain, read_pair, trust
 from hotweights.worker_client.config import Config
 
 
@@ -35,7 +35,7 @@ def _server(cert: Path, key: Path, ca: Path | None) -> ssl.SSLContext:
     context = _context(ssl.PROTOCOL_TLS_SERVER, cert, key)
     context.num_tickets = 0  # connections are few and long: resuming one is worth nothing
     if ca is not None:
-        _trust(context, ca)
+        trust(context, ca)
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
@@ -44,7 +44,7 @@ def _client(cert: Path, key: Path, ca: Path | None) -> ssl.SSLContext:
     """Without an authority of ours, the system's."""
     context = _context(ssl.PROTOCOL_TLS_CLIENT, cert, key)
     if ca is not None:
-        _trust(context, ca)
+        trust(context, ca)
     else:
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     return context
@@ -58,7 +58,3 @@ def _context(protocol: int, cert: Path, key: Path) -> ssl.SSLContext:
     except ssl.SSLError as error:  # changed since it was tried out
         raise BadCertificate(f"{cert}, {key}: {error.reason}") from error
     return context
-
-
-def _trust(context: ssl.SSLContext, ca: Path) -> None:
-    context.load_verify_locations(cadata=read_ca(ca).decode("ascii", "replace"))

@@ -19,6 +19,7 @@ from hotweights.transports.errors import NotHeld, PeerGone, TlsFailed
 from hotweights.transports.line import Tls
 from hotweights.transports.registry import open_transport
 from hotweights.v1.worker_service_pb2 import Source
+from hotweights.wire.allowance import Allowance, Rate
 from hotweights.wire.endpoint import Endpoint
 from hotweights.wire.tokens import KEY_BYTES, BadToken, check_token
 from hotweights.worker_client.agent.folders import Folders
@@ -30,6 +31,8 @@ from hotweights.worker_client.stage.stage import Stage
 log = logging.getLogger(__name__)
 
 CONNECT_DEADLINE_S = 10.0
+# Of what strangers do, so much is logged.
+OF_ONE_HOST, OF_ALL_HOSTS = Rate(burst=5, every_s=60.0), Rate(burst=20, every_s=10.0)
 TRANSPORT, OVER_TLS = "tcp", "tcps"
 
 
@@ -46,6 +49,7 @@ class DataPort:
         self._folders = folders
         self._reader = BucketReader()
         self._server: Server | None = None
+        self._allowance = Allowance(OF_ONE_HOST, OF_ALL_HOSTS)
         self._withdraw: Callable[[bytes, str], None] = lambda digest, why: None
 
     async def start(self, listen: str, advertise: str, *, tls_only: bool = False) -> None:
@@ -69,7 +73,7 @@ class DataPort:
             loop.call_soon_threadsafe(self._folders.withdraw, digest, why)
 
         self._withdraw = withdraw
-        transport = open_transport(TRANSPORT, self._tls)
+        transport = open_transport(TRANSPORT, self._tls, self._warn)
         self._server = await transport.serve(self, listen, check=self._check, advertise=advertise or None)
         address = self._server.address
         scheme = TRANSPORT if self._tls is None else OVER_TLS
@@ -137,6 +141,12 @@ class DataPort:
         try:
             check_token(self.token_key, token, image, self._node, time.time())
         except BadToken as error:
-            log.warning("a reader of image %s was turned away: %s", image.hex()[:16], error)
+            self._warn("", f"a reader of image {image.hex()[:16]} was turned away: {error}")
             return False
         return True
+
+    def _warn(self, host: str, text: str) -> None:
+        """On the event loop. The rest is counted: strangers must not push everything else out of the log."""
+        if (passed_over := self._allowance.take(host)) is not None:
+            more = f" ({passed_over} more were not logged since the last that was)" if passed_over else ""
+            log.warning("%s%s", text, more)

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import stat
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -29,6 +30,8 @@ from hotweights.worker_client.agent.peers import AllowList, Peer, peer_of
 log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 256
+# Of one user on the list; and kept free of all of them for the agent's own user and root.
+OF_ONE_OTHER_MAX, RESERVED = 64, 64
 BACKLOG = 128
 # Buffered of a connection, each way, before its sender has to wait.
 RELAY_BYTES = 64 << 10
@@ -55,8 +58,10 @@ class Door:
         self._allow = allow
         self._on_refused = on_refused
         self._allowance = Allowance(OF_ONE_USER, OF_ALL_USERS)
+        self._crowd = Allowance(OF_ONE_USER, OF_ALL_USERS)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._open = self._refused = 0
+        self._open = Counter[int]()  # by user
+        self._others_open = self._refused = 0
         self._listening: asyncio.Server | None = None
         self._refusing: grpc.aio.Server | None = None
 
@@ -72,7 +77,7 @@ class Door:
     @property
     def connection_count(self) -> int:
         """Connections of those who are on the list."""
-        return self._open
+        return self._open.total()
 
     def prepare(self) -> None:
         """Makes the inner folder; then the agent's server can be bound. Raises Refused, OSError."""
@@ -137,19 +142,37 @@ class Door:
                 log.error("a connection was refused, for the kernel does not say whose it is: %s", error)
                 return
             if self._allow.admits(peer):
-                await self._let_in(reader, writer)
+                await self._let_in(peer, reader, writer)
             else:
                 await self._turn_away(peer, reader, writer)
 
-    async def _let_in(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._open >= CONNECTIONS_MAX:
-            log.warning("a connection was closed: %d are open, the limit", self._open)
+    async def _let_in(self, peer: Peer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not self._has_room_for(peer):
+            if (passed_over := self._crowd.take(f"uid {peer.uid}")) is not None:
+                more = f" ({passed_over} more were closed since the last that was logged)" if passed_over else ""
+                opened = f"{self._open[peer.uid]} of his and {self.connection_count} in all are open"
+                log.warning("a connection of %s was closed: %s%s", peer, opened, more)
             return
-        self._open += 1
+        self._count(peer, 1)
         try:
             await _relay(reader, writer, self.inner)
         finally:
-            self._open -= 1
+            self._count(peer, -1)
+
+    def _has_room_for(self, peer: Peer) -> bool:
+        """Whoever is on the list leaves room for others on it, and all of them for the owner."""
+        if self.connection_count >= CONNECTIONS_MAX:
+            return False
+        if peer.is_owner:
+            return True
+        return self._open[peer.uid] < OF_ONE_OTHER_MAX and self._others_open < CONNECTIONS_MAX - RESERVED
+
+    def _count(self, peer: Peer, change: int) -> None:
+        self._open[peer.uid] += change
+        if not peer.is_owner:
+            self._others_open += change
+        if not self._open[peer.uid]:
+            del self._open[peer.uid]
 
     async def _turn_away(self, peer: Peer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if (passed_over := self._allowance.take(f"uid {peer.uid}")) is not None:

@@ -30,6 +30,11 @@ class Peer:
     uid: int
     groups: frozenset[int]
 
+    @property
+    def is_owner(self) -> bool:
+        """Whether he is this process's own user, or root."""
+        return self.uid in (0, os.geteuid())
+
     def __str__(self) -> str:
         return f"uid {self.uid}, pid {self.pid}"
 
@@ -46,7 +51,7 @@ class AllowList:
         return bool(self.uids or self.gids)
 
     def admits(self, peer: Peer) -> bool:
-        return peer.uid in {0, os.geteuid(), *self.uids} or not self.gids.isdisjoint(peer.groups)
+        return peer.is_owner or peer.uid in self.uids or not self.gids.isdisjoint(peer.groups)
 
 
 def parse_allow(text: str) -> AllowList:

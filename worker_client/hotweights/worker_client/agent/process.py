@@ -24,7 +24,7 @@ from hotweights.worker_client.agent.locks import check_socket_path, lock_socket
 from hotweights.worker_client.agent.peers import parse_allow
 from hotweights.worker_client.agent.service import AgentServicer
 from hotweights.worker_client.config import Config
-from hotweights.worker_client.stage.stage import Stage, own_folder
+from hotweights.worker_client.stage.stage import Stage, safe_folder
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ async def serve_agent(
     """As run_agent, on a loop that runs. `stop` ends it too; `quota_bytes` bounds the stage."""
     stop = stop or asyncio.Event()
     check_socket_path(config.agent_socket)
-    own_folder(config.stage_dir)  # before the lock beside it: this one knows the modes that the way there needs
+    safe_folder(config.stage_dir, in_pod=config.in_kubernetes)  # before the lock, which may lie in it
     lock = await lock_socket(config.agent_socket, LOCK_WAIT_S if started_by_client else 0.0)
     stage = Stage(config.stage_dir, max_images=config.max_images, quota_bytes=quota_bytes)
     try:

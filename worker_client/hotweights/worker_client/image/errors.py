@@ -11,15 +11,22 @@ class ImageError(Exception):
 class BadImage(ImageError):
     """A file, a tensor or a manifest is not what it must be. The publisher has to mend it.
 
-    `file` is a plain name, `tensor` is empty when the problem is the whole file's.
+    `file` is a plain name, `tensor` is empty when the problem is the whole file's. All three are texts that a
+    log and the wire can take, whatever the file said.
     """
 
     def __init__(self, file: str, tensor: str, problem: str) -> None:
+        file, tensor, problem = map(_as_text, (file, tensor, problem))
         where = f"{file}: tensor {tensor!r}" if tensor else file
         super().__init__(f"{where}: {problem}")
         self.file = file
         self.tensor = tensor
         self.problem = problem
+
+
+def _as_text(said: str) -> str:
+    """Halves of surrogate pairs, which no UTF-8 has, as escapes."""
+    return said.encode(errors="backslashreplace").decode()
 
 
 class FolderChanged(ImageError):

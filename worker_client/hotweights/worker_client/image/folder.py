@@ -43,12 +43,11 @@ class FolderFile:
 
 def is_plain_name(name: str) -> bool:
     """Whether `name` can only be a file directly in a folder: no separator, no "..", nothing hidden."""
-    return (
-        0 < len(os.fsencode(name)) <= NAME_BYTES_MAX
-        and not name.startswith(".")
-        and name.isprintable()
-        and not set(name) & set("/\\")
-    )
+    try:
+        size = len(os.fsencode(name))
+    except UnicodeEncodeError:
+        return False
+    return 0 < size <= NAME_BYTES_MAX and not name.startswith(".") and name.isprintable() and not set(name) & set("/\\")
 
 
 def belongs(name: str, *, include_code: bool) -> bool:

@@ -19,6 +19,8 @@ from hotweights.worker_client.image.errors import BadImage
 HEADER_BYTES_MAX = 100_000_000
 # More than any framework has; bounds the work a hostile header can ask for.
 DIMENSIONS_MAX = 64
+# The format counts in 64 bits, and so does a manifest.
+COUNT_MAX = (1 << 64) - 1
 
 # The names safetensors 0.8 knows. Bits, because some are smaller than a byte.
 DTYPE_BITS = {
@@ -79,6 +81,8 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
         raise ValueError(f"{len(shape)} dimensions; at most {DIMENSIONS_MAX} are possible")
     for length in shape:
         bits *= length
+        if bits > COUNT_MAX:
+            raise ValueError(f"{dtype} of shape {list(shape)} is larger than 64 bits count")
     if bits % 8:
         raise ValueError(f"{dtype} of shape {list(shape)} does not end at a whole byte")
     return bits // 8
@@ -110,7 +114,7 @@ def parse_header(file: str, raw: bytes, size_bytes: int) -> Header:
     """Checks the header `raw` of a file of `size_bytes` in all. `file` names it in errors."""
     entries = _parse_json(file, raw)
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
         raise BadImage(file, "", "__metadata__ is not an object of texts")
     data_start = 8 + len(raw)
     spans = [_parse_span(file, name, entry, data_start) for name, entry in entries.items()]
@@ -131,7 +135,7 @@ def _parse_json(file: str, raw: bytes) -> dict[str, object]:
     if raw[:1] != b"{":
         raise BadImage(file, "", "header is not JSON: it does not begin with '{'")
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=reject_duplicates)
+        header = json.loads(raw.decode(), object_pairs_hook=reject_duplicates, parse_constant=_reject_constant)
     except _Duplicate as duplicate:
         raise BadImage(file, str(duplicate), "stands twice in the header") from None
     except (ValueError, RecursionError) as error:
@@ -141,9 +145,15 @@ def _parse_json(file: str, raw: bytes) -> dict[str, object]:
     return header
 
 
+def _reject_constant(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON")  # Python's reader takes NaN and Infinity
+
+
 def _parse_span(file: str, name: str, entry: object, data_start: int) -> TensorSpan:
     if not name:
         raise BadImage(file, "", "a tensor without a name")
+    if not _is_text(name):
+        raise BadImage(file, name, "its name is not Unicode: half of a surrogate pair")
     if not isinstance(entry, dict):
         raise BadImage(file, name, "its entry is not a JSON object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -165,9 +175,20 @@ def _parse_span(file: str, name: str, entry: object, data_start: int) -> TensorS
     return TensorSpan(name, dtype, tuple(shape), data_start + begin, expected)
 
 
+def _is_text(value: object) -> bool:
+    """Whether it is a text that UTF-8 can hold. JSON's escapes can write halves of surrogate pairs."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _are_counts(value: object) -> TypeGuard[list[int]]:
     # bool is an int in Python, not in a shape.
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= COUNT_MAX for item in value)
 
 
 def _check_layout(file: str, spans: Sequence[TensorSpan], data_start: int, size_bytes: int) -> None:

@@ -32,6 +32,7 @@ from hotweights.worker_client.stage.partial import Partial, Progress, image_byte
 from hotweights.worker_client.stage.pins import Pins
 from hotweights.worker_client.stage.room import Room, measure_room
 from hotweights.worker_client.stage.stamps import Stamps, stamps_of
+from hotweights.worker_client.stage.way import weak_point
 
 _PARTIAL = ".partial"
 _MANIFEST = ".manifest"
@@ -324,14 +325,23 @@ class Stage:
         return True
 
 
+def safe_folder(root: Path, *, in_pod: bool) -> None:
+    """As own_folder, where nobody else can put another folder in its place. Raises StageUnsafe, OSError."""
+    _check_way(root, in_pod=in_pod)
+    own_folder(root)
+    _check_way(root, in_pod=in_pod)  # what was not there before
+
+
+def _check_way(root: Path, *, in_pod: bool) -> None:
+    if problem := weak_point(root, in_pod=in_pod):
+        raise StageUnsafe(root, problem)
+
+
 def own_folder(root: Path) -> None:
-    """Makes the folder, 0700 and ours; folders on the way that a shared place needs are made shared."""
+    """Makes the folder, 0700 and ours, and those on the way. Raises StageUnsafe, OSError."""
     for parent in reversed(root.parents):
         if not parent.exists():
-            shared = bool(parent.parent.stat().st_mode & stat.S_ISVTX)
-            parent.mkdir(exist_ok=True)
-            if shared:  # /dev/shm/hotweights: every user has a folder in it
-                parent.chmod(0o1777)
+            parent.mkdir(mode=0o755, exist_ok=True)
     root.mkdir(mode=0o700, exist_ok=True)
     state = root.lstat()
     if not stat.S_ISDIR(state.st_mode):
