@@ -12,7 +12,14 @@ from hotweights.wire import failpoints
 from hotweights.wire.failpoints import Injected
 from hotweights.worker_client.window import window as window_module
 from hotweights.worker_client.window.engine import PauseMode, Process
-from hotweights.worker_client.window.window import Outcome, WindowOrder, WindowResult, run_window
+from hotweights.worker_client.window.window import (
+    Outcome,
+    Unanswered,
+    WindowOrder,
+    WindowResult,
+    run_window,
+    within,
+)
 
 TARGET = "/stage/v2"
 PROCESSES = (Process(7, 1),)
@@ -259,3 +266,22 @@ async def test_a_window_that_is_cancelled_ends_the_engine_that_nobody_would_resu
         await window
     assert engine.paused
     assert "the window was broken off" in engine.killed
+
+
+async def test_an_answer_that_came_while_this_process_stood_still_is_read() -> None:
+    async def answered() -> str:
+        await asyncio.to_thread(time.sleep, 0.05)
+        return "done"
+
+    call = asyncio.ensure_future(within(0.2, "apply", answered()))
+    await asyncio.sleep(0)
+    time.sleep(1.4)  # noqa: ASYNC251 - the loop stands still, as when the process is stopped
+    assert await call == "done"
+
+
+async def test_one_that_never_answers_is_given_up_though_this_process_stood_still() -> None:
+    call = asyncio.ensure_future(within(0.1, "apply", asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    time.sleep(1.4)  # noqa: ASYNC251 - as above
+    with pytest.raises(Unanswered):
+        await call
