@@ -64,7 +64,7 @@ def test_an_agent_killed_while_the_engine_applies_is_not_missed(
     fleet: Fleet, oracles: dict[str, Any], watch: Watch
 ) -> None:
     watch.about("agent-killed-applying")
-    fleet.inject("apply.start:hang=2")
+    fleet.inject("apply.start:hang=8")
     update_id = started(fleet, "v2")
     fleet.wait_for_phase(update_id, "APPLYING")
     watch.fault()
@@ -142,7 +142,7 @@ def test_a_coordinator_that_stops_for_longer_than_every_lease_takes_nobody_for_l
 ) -> None:
     watch.about("coordinator-stopped")
     with short_leases(fleet):
-        fleet.inject("prepare.start:hang=2")
+        fleet.inject("prepare.start:hang=8")
         update_id = started(fleet, "v2")
         fleet.wait_for_phase(update_id, "STAGING")
         watch.fault()
@@ -206,7 +206,7 @@ def test_a_full_disk_under_the_store_refuses_commands_and_keeps_reports(
         serves(fleet, "v1", oracles["v1"])
         filler.unlink()
 
-        fleet.inject("apply.start:hang=3")
+        fleet.inject("apply.start:hang=8")
         update_id = started(fleet, "v2")
         fleet.wait_for_phase(update_id, "APPLYING")
         fill(filler)

@@ -67,7 +67,7 @@ def test_a_failed_apply_leaves_the_old_version_serving(fleet: Fleet, oracles: di
 
 
 def test_a_coordinator_killed_while_staging_goes_on_with_the_update(fleet: Fleet, oracles: dict[str, Any]) -> None:
-    fleet.inject("prepare.start:hang=4")
+    fleet.inject("prepare.start:hang=8")
     update_id = started(fleet, "v2")
     fleet.wait_for_phase(update_id, "STAGING")
     fleet.kill("coordinator")
@@ -77,7 +77,7 @@ def test_a_coordinator_killed_while_staging_goes_on_with_the_update(fleet: Fleet
 
 
 def test_a_coordinator_killed_while_applying_learns_what_became_of_it(fleet: Fleet, oracles: dict[str, Any]) -> None:
-    fleet.inject("apply.start:hang=5")
+    fleet.inject("apply.start:hang=8")
     update_id = started(fleet, "v2")
     fleet.wait_for_phase(update_id, "APPLYING")
     fleet.kill("coordinator")
@@ -94,7 +94,7 @@ def test_a_coordinator_killed_while_applying_learns_what_became_of_it(fleet: Fle
 
 
 def test_an_agent_killed_while_staging_comes_back_and_the_update_goes_on(fleet: Fleet, oracles: dict[str, Any]) -> None:
-    fleet.inject("prepare.start:hang=3")
+    fleet.inject("prepare.start:hang=6")
     update_id = started(fleet, "v2")
     fleet.wait_for_phase(update_id, "STAGING")
     fleet.kill("agent")
@@ -104,7 +104,7 @@ def test_an_agent_killed_while_staging_comes_back_and_the_update_goes_on(fleet: 
 
 
 def test_cancelling_while_staging_aborts_and_nothing_was_touched(fleet: Fleet, oracles: dict[str, Any]) -> None:
-    fleet.inject("prepare.start:hang=3")
+    fleet.inject("prepare.start:hang=6")
     update_id = started(fleet, "v2")
     cancelled = fleet.json("cancel", update_id)
     assert cancelled["phase"] == "UPDATE_PHASE_ABORTED"
