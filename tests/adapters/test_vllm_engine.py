@@ -264,6 +264,10 @@ async def _follow_orders(engine: LiveEngine, folders: dict[str, Path], v1: Oracl
     controller = ReplicaController(Identity("r", "n"), engine.windowed, connect, stream.open)
     running = asyncio.ensure_future(controller.run())
 
+    async def prepared() -> None:
+        await stream.give(prepare=pb.PrepareImage(manifest_digest=b"v2", deadline_s=20))
+        assert (await stream.take()).prepared.base_digest == b"v1"
+
     async def ordered(digest: bytes, **more: Any) -> pb.Report:
         apply = pb.ApplyImage(
             manifest_digest=digest, version=digest.decode(), validity_s=5, quiesce_deadline_s=10, apply_deadline_s=20
@@ -274,9 +278,7 @@ async def _follow_orders(engine: LiveEngine, folders: dict[str, Path], v1: Oracl
 
     first = (await stream.take()).active_changed
     assert (first.active_digest, list(first.fingerprints)) == (b"v1", [v1.fingerprint])
-    await stream.give(prepare=pb.PrepareImage(manifest_digest=b"v2", deadline_s=20))
-    assert (await stream.take()).prepared.base_digest == b"v1"
-
+    await prepared()
     applied = (await ordered(b"v2")).applied
     assert list(applied.fingerprints) == [v2.fingerprint]
     assert applied.window.apply_ms > 0
@@ -287,12 +289,14 @@ async def _follow_orders(engine: LiveEngine, folders: dict[str, Path], v1: Oracl
 
     # By the kept copies, then, after the end of an update, by the image of v1.
     assert list((await ordered(b"v1", restore=True)).applied.fingerprints) == [v1.fingerprint]
+    await prepared()
     assert list((await ordered(b"v2")).applied.fingerprints) == [v2.fingerprint]
     await stream.give(end=pb.EndUpdate(committed=True))
     assert list((await ordered(b"v1", restore=True)).applied.fingerprints) == [v1.fingerprint]
     assert await asyncio.to_thread(engine.tokens) == v1.tokens
 
     await asyncio.to_thread(engine.inject, "apply.end:raise")
+    await prepared()
     failed = (await ordered(b"v2")).apply_failed
     await asyncio.to_thread(engine.inject, "")
     assert (failed.failure, failed.active_digest) == (pb.APPLY_FAILURE_UNDONE, b"v1")

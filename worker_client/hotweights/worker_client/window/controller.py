@@ -35,7 +35,6 @@ from hotweights.worker_client.window.window import (
 log = logging.getLogger(__name__)
 
 ORDERS_MAX = 8
-CALL_DEADLINE_S = 10.0
 PREPARE_DEADLINE_S = 600.0
 
 _MODES: dict[int, PauseMode] = {
