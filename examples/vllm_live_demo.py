@@ -23,6 +23,7 @@ from live_processes import (
     Processes,
     answers,
     free_port,
+    leave_a_core,
 )
 from live_traffic import Traffic
 from oracle import MAX_TOKENS, clear_prompts
@@ -90,12 +91,13 @@ class Demo:
         self.processes.wait_until("agent", self._agent_attached, START_DEADLINE_S)
         say(f"agent on this node, images staged in {self.stage}")
         # fmt: off
-        self.processes.start("engine", [
+        engine = self.processes.start("engine", [
             "vllm.entrypoints.openai.api_server", "--model", str(self.folder / "v1"),
             "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(self.api_port),
             "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "256",
         ])
         # fmt: on
+        leave_a_core(engine)
         ready = self.url.removesuffix("/v1") + "/health"
         self.processes.wait_until("engine", lambda: answers(ready), ENGINE_DEADLINE_S)
         say(f"vLLM serves v1 at {self.url}")

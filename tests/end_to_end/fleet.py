@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from live_processes import answers, free_port  # noqa: E402
+from live_processes import answers, free_port, leave_a_core  # noqa: E402
 from oracle import MAX_TOKENS  # noqa: E402
 from tests.agents import agent_pid, end_agent  # noqa: E402
 
@@ -121,6 +121,7 @@ class Fleet:
 
     def start_engine(self) -> None:
         self.start("engine", server_arguments(MODEL, self.checkpoint, self.api_port))
+        leave_a_core(self.pid("engine"))
         wait_for("the engine", self._engine_answers, ENGINE_DEADLINE_S)
         wait_for("the replica", lambda: self.replica().get("active_digest"))
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from fleet import ENGINE_DEADLINE_S, MODEL, REPLICA, Fleet, complete, server_arguments, wait_for
 from growth import folder_mib
-from live_processes import answers, free_port
+from live_processes import answers, free_port, leave_a_core
 from random_llama import make_checkpoint
 from stand_in_replicas import StandInReplica
 from tests.worker_client.window.fakes import refuses
@@ -158,6 +158,7 @@ def node(tmp_path: Path, checkpoints: dict[str, Path]) -> Iterator[tuple[Fleet, 
             urls[replica] = f"http://127.0.0.1:{port}"
             arguments = server_arguments(model, checkpoints[version], port)
             fleet.start(replica, arguments, HOTWEIGHTS_MODEL=model, HOTWEIGHTS_REPLICA=replica)
+            leave_a_core(fleet.pid(replica))
         for url in urls.values():
             wait_for("an engine", functools.partial(answers, f"{url}/health"), 3 * ENGINE_DEADLINE_S)
         for model in (MODEL, OTHER):

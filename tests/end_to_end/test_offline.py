@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from fleet import ENGINE_DEADLINE_S, EXAMPLES, HERE, Fleet, wait_for
+from live_processes import leave_a_core
 
 pytestmark = [
     pytest.mark.vllm,
@@ -50,6 +51,7 @@ class Offline:
                 text=True,
                 start_new_session=True,
             )
+        leave_a_core(self._process.pid)
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
