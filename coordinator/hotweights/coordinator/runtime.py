@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 INBOX_MAX = 65_536
 BATCH_MAX = 512
 TICK_S = 0.5
-# A leader that looks this much later than its ticks come was stopped, or its machine was.
+# A leader that looks this much later than its ticks come was stopped, or its machine was, or a write took that long.
 OVERSLEPT_S = 2.0
 STORE_RETRY_S = 1.0
 ANSWER_KEPT_S = 86_400.0
@@ -188,7 +188,8 @@ class Runtime:
             items = await self._next_batch()
             gap_s, looked_at = time.monotonic() - looked_at, time.monotonic()
             if gap_s > TICK_S + OVERSLEPT_S:
-                log.warning("this coordinator did not run for %.1f s: leases and deadlines begin anew", gap_s)
+                why = "it was stopped or starved of CPU, or its store is slow"
+                log.warning("nothing went on here for %.1f s (%s): leases and deadlines begin anew", gap_s, why)
                 items.insert(0, Item(e.Ticked(self.now(), gap_s)))
             try:
                 await self._work(items)
