@@ -91,7 +91,7 @@ class LiveEngine:
         """What a method of the test's own extension answers, in the first rank."""
         return self.call(self.llm.collective_rpc(method, args=args))[0]
 
-    async def stream(self, prompt: str, count: int) -> AsyncIterator[list[int]]:
+    async def stream(self, prompt: Any, count: int) -> AsyncIterator[list[int]]:
         """Greedy tokens as they come; use on the engine's loop."""
         from vllm import SamplingParams
 
@@ -100,7 +100,7 @@ class LiveEngine:
         async for output in self.llm.generate(prompt, params, f"r{self._requests}"):
             yield list(output.outputs[0].token_ids)
 
-    async def answer(self, prompt: str, count: int = 12) -> list[int]:
+    async def answer(self, prompt: Any, count: int = 12) -> list[int]:
         last: list[int] = []
         async for tokens in self.stream(prompt, count):
             last = tokens
