@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import stat
 import time
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
-from tests.worker_client.agent.nodes import SmallCoordinator, a_config, a_coordinator, agent_of, until
+from tests.worker_client.agent.nodes import SmallCoordinator, a_config, a_coordinator, agent_of, answering, until
 from tests.worker_client.image.files import entry, write_raw
 from tests.worker_client.stage.checkpoints import contents, make_folder, touch_bytes
 
@@ -24,7 +25,7 @@ from hotweights.wire.errors import Refused, Unreachable
 from hotweights.worker_client.agent import folders
 from hotweights.worker_client.agent.locks import AgentRuns
 from hotweights.worker_client.agent.process import serve_agent
-from hotweights.worker_client.agent_client import connect_or_start
+from hotweights.worker_client.agent_client import AgentClient, connect_or_start
 from hotweights.worker_client.image.folder import INDEX
 from hotweights.worker_client.image.manifest import Image, build_manifest
 from hotweights.worker_client.stage.errors import StageTaken
@@ -369,6 +370,41 @@ async def test_the_only_holder_of_a_version_stays_until_another_has_it(
     assert not running.done(), "it has the only copy"
     coordinator.held["b"] = [version.manifest_digest]
     await asyncio.wait_for(running, 10)
+
+
+async def test_an_agent_whose_folder_was_removed_ends_though_nobody_can_say_who_else_has_its_images(
+    home: Path,
+) -> None:
+    async with a_coordinator() as coordinator:
+        config = a_config(home, "a", coordinator.endpoint, HOTWEIGHTS_AGENT_IDLE_S="0.3")
+        running = asyncio.ensure_future(serve_agent(config, started_by_client=True))
+        await coordinator.hears("a")
+        client = await connect_or_start(config)
+        await client.publish_folder(make_folder(home / "v1"), "m", "v1")
+        await client.close()
+    await asyncio.sleep(1.5)
+    assert not running.done(), "a coordinator that comes back may send others to it"
+    shutil.rmtree(config.stage_dir)
+    await asyncio.wait_for(running, 10)
+
+
+async def test_an_agent_that_lost_its_folder_leaves_the_socket_of_the_one_that_came_after_it(home: Path) -> None:
+    config = a_config(home, "a")
+    async with agent_of(config) as first:
+        await first.close()
+        shutil.rmtree(config.stage_dir)
+        stop = asyncio.Event()
+        second = asyncio.ensure_future(serve_agent(config, started_by_client=False, stop=stop))
+        client = AgentClient(config)
+        await answering(client, second)
+    try:
+        assert (await client.status()).node_id == "a", "the first has ended by now"
+        assert config.agent_socket.exists()
+    finally:
+        await client.close()
+        stop.set()
+        await asyncio.wait_for(second, 10)
+    assert not config.agent_socket.exists()
 
 
 async def test_a_client_of_another_coordinator_is_refused(home: Path) -> None:

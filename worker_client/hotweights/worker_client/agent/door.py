@@ -63,6 +63,7 @@ class Door:
         self._open = Counter[int]()  # by user
         self._others_open = self._refused = 0
         self._listening: asyncio.Server | None = None
+        self._made: tuple[int, int] | None = None
         self._refusing: grpc.aio.Server | None = None
 
     @property
@@ -102,6 +103,7 @@ class Door:
         self._refusing.add_insecure_port(Endpoint(path=str(self._refusing_path)).target)
         await self._refusing.start()
         listener = _listen(self._path, shared=self._allow.has_others)
+        self._made = _identity(self._path)
         self._listening = await asyncio.start_unix_server(self._connected, sock=listener, limit=RELAY_BYTES)
 
     def stop_listening(self) -> None:
@@ -110,7 +112,7 @@ class Door:
             self._listening.close()
 
     async def close(self) -> None:
-        """Ends every connection, and removes what `prepare` and `open` made."""
+        """Ends every connection, and removes what `prepare` and `open` made, unless another agent came after it."""
         self.stop_listening()
         if self._refusing is not None:
             await self._refusing.stop(None)
@@ -118,6 +120,9 @@ class Door:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSE_S)
+        there = _identity(self._path)
+        if there is not None and self._made not in (None, there):
+            return
         for path in (self._path, self.inner, self._refusing_path):
             path.unlink(missing_ok=True)
         with suppress(OSError):  # never made, or not only ours
@@ -187,6 +192,15 @@ class Door:
                 await _relay(reader, writer, self._refusing_path)
         finally:
             self._refused -= 1
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Of what lies there; no other gets it for as long as a socket that was bound there lives."""
+    try:
+        state = path.lstat()
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino
 
 
 def _listen(path: Path, *, shared: bool) -> socket.socket:

@@ -61,6 +61,11 @@ async def lock_socket(socket: Path, wait_s: float) -> int:
             return handle
 
 
+def is_lost(handle: int) -> bool:
+    """Whether the lock's file was removed: clients find the socket of another agent, or none."""
+    return os.fstat(handle).st_nlink == 0
+
+
 def _answers(path: Path) -> bool:
     """Whether somebody listens there."""
     with socketlib.socket(socketlib.AF_UNIX) as probe:

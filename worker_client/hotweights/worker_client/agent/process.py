@@ -20,7 +20,7 @@ from hotweights.wire.endpoint import Endpoint
 from hotweights.wire.errors import HotweightsError
 from hotweights.worker_client.agent.agent import Agent
 from hotweights.worker_client.agent.door import Door
-from hotweights.worker_client.agent.locks import check_socket_path, lock_socket
+from hotweights.worker_client.agent.locks import check_socket_path, is_lost, lock_socket
 from hotweights.worker_client.agent.peers import parse_allow
 from hotweights.worker_client.agent.service import AgentServicer
 from hotweights.worker_client.config import Config
@@ -61,7 +61,7 @@ async def serve_agent(
         found = await asyncio.to_thread(stage.open)
         handler = _log_to(config.stage_dir / LOG_NAME)
         try:
-            await _serve(config, stage, found, stop, started_by_client)
+            await _serve(config, stage, found, stop, lock if started_by_client else None)
         finally:
             logging.getLogger("hotweights").removeHandler(handler)
             handler.close()
@@ -70,7 +70,8 @@ async def serve_agent(
         os.close(lock)
 
 
-async def _serve(config: Config, stage: Stage, found: list[bytes], stop: asyncio.Event, may_idle: bool) -> None:
+async def _serve(config: Config, stage: Stage, found: list[bytes], stop: asyncio.Event, lock: int | None) -> None:
+    """Where a `lock` is given, until nobody needs it."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -85,7 +86,7 @@ async def _serve(config: Config, stage: Stage, found: list[bytes], stop: asyncio
         await server.start()
         await door.open()
         log.info("agent %d of node %s listens at %s", os.getpid(), config.node, config.agent_socket)
-        await _until_over(agent, stop, may_idle)
+        await _until_over(agent, stop, lock)
     finally:
         door.stop_listening()
         await server.stop(GRACE_S)
@@ -96,7 +97,7 @@ async def _serve(config: Config, stage: Stage, found: list[bytes], stop: asyncio
         log.info("agent %d ended", os.getpid())
 
 
-async def _until_over(agent: Agent, stop: asyncio.Event, may_idle: bool) -> None:
+async def _until_over(agent: Agent, stop: asyncio.Event, lock: int | None) -> None:
     """Until told to stop, until a part of the agent died (raised), or until nobody has needed it for long enough."""
     look_every_s = max(0.1, min(10.0, agent.config.agent_idle_s / 4))
     while not stop.is_set():
@@ -105,15 +106,18 @@ async def _until_over(agent: Agent, stop: asyncio.Event, may_idle: bool) -> None
         except asyncio.TimeoutError:
             if (error := agent.failed()) is not None:
                 raise error from None
-            if may_idle and not await _is_needed(agent):
+            if lock is not None and not await _is_needed(agent, lock):
                 log.info("nobody has needed this agent for %g s", agent.config.agent_idle_s)
                 return
 
 
-async def _is_needed(agent: Agent) -> bool:
+async def _is_needed(agent: Agent, lock: int) -> bool:
     try:
         return await agent.is_needed()
     except HotweightsError as error:
+        if is_lost(lock):
+            log.info("its folder was removed, and the coordinator is away: nobody finds this agent any more")
+            return False
         log.info("stays, because nobody can say who else has its images: %s", error)
         return True
 
