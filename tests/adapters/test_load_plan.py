@@ -54,7 +54,6 @@ def assigned(model: Model, name: str, tensor: torch.Tensor) -> None:
     model.weight[1:3] = tensor
 
 
-
 BF16, F32 = torch.bfloat16, torch.float32
 PLANNED = {
     "whole": (whole, {"w": (6, 4)}, BF16),
@@ -197,5 +196,3 @@ def test_zeros_of_both_signs_differ_and_a_nan_equals_itself() -> None:
     assert plan.differing(model, image) == {}
     model.weight.data[1, 1] = -0.0
     assert list(plan.differing(model, image)) == ["weight"]
-
-

@@ -3,7 +3,8 @@
     load_weights(tensors without storage) --what it would copy--> Copy: (tensor, slice) -> (parameter, slice)
 
 Recording changes nothing: whatever the loader does to a parameter is noted and not done, so it may run while the model
-serves. What is no plain copy of a slice and no constant (added to, repacked) makes its parameter opaque: not for this route.
+serves. What is no plain copy of a slice and no constant (added to, repacked) makes its parameter opaque: not for this
+route.
 A plan is a claim about another program, so it is proven before it is used: see `differing`.
 """
 
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
 
 _FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
 
@@ -103,9 +103,9 @@ class _Origin:
     dtype: torch.dtype
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.plan = LoadPlan()
         # By storage; a storage that is held here keeps its number.
         self._origins: dict[int, tuple[_Origin, torch.UntypedStorage]] = {}
@@ -141,7 +141,7 @@ class _Recorder(TorchDispatchMode):
             return
         if source.dtype not in (origin.dtype, result.dtype):
             return  # rounded twice
-        self._note(result, _Origin(origin.tensor, origin.offset + source.storage_offset(), origin.dtype))
+        self._note(result, _Origin(origin.tensor, origin.offset + int(source.storage_offset()), origin.dtype))
 
     def _origin(self, tensor: torch.Tensor) -> _Origin | None:
         noted = self._origins.get(_number(tensor))
@@ -151,7 +151,7 @@ class _Recorder(TorchDispatchMode):
         name, parameter = self._targets[_number(target)]
         if not target.numel():
             return target
-        put = Slice(tuple(target.shape), target.stride(), target.storage_offset() - parameter.storage_offset())
+        put = Slice(tuple(target.shape), target.stride(), int(target.storage_offset() - parameter.storage_offset()))
         if func in _FILLS:
             self.plan.fills.append(Fill(name, put, float(args[1]) if len(args) > 1 else 0.0))
             return target
@@ -163,7 +163,7 @@ class _Recorder(TorchDispatchMode):
             self.plan.opaque.setdefault(name, f"the loader casts {origin.tensor} to {source.dtype} on the way")
         else:
             seen = source.expand(target.shape)
-            take = Slice(tuple(seen.shape), seen.stride(), origin.offset + seen.storage_offset())
+            take = Slice(tuple(seen.shape), seen.stride(), origin.offset + int(seen.storage_offset()))
             self.plan.copies.append(Copy(origin.tensor, take, name, put))
         return target
 

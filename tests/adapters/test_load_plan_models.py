@@ -1,0 +1,53 @@
+"""The load plans of vLLM's own model classes, alone and in two tensor parallel ranks: exact, or refused."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.tiny_models import ARCHITECTURES, make_tiny_model
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+HERE = Path(__file__).parent
+DEADLINE_S = 240.0
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("architectures")
+    for name in ARCHITECTURES:
+        for seed in (1, 2):
+            make_tiny_model(folder / name / str(seed), name, seed)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["alone", "tensor parallel 2"])
+def found(request: pytest.FixtureRequest, checkpoints: Path) -> dict[str, list[dict[str, Any]]]:
+    """By architecture, of each rank."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, str(HERE / "load_plans.py"), str(checkpoints), *ARCHITECTURES],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == request.param * len(ARCHITECTURES)
+    return {name: [line["found"] for line in lines if line["architecture"] == name] for name in ARCHITECTURES}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_plan_writes_what_the_loader_writes(found: dict[str, list[dict[str, Any]]], architecture: str) -> None:
+    for rank in found[architecture]:
+        assert rank.pop("copies") > 0
+        assert not any(rank.values()), rank

@@ -1,0 +1,51 @@
+"""Random tiny checkpoints of many architectures, without tokenizers: for loaders, not for serving."""
+
+from pathlib import Path
+from typing import Any
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LATENT = {
+    **{"num_key_value_heads": 4, "moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    **{"n_shared_experts": 1, "kv_lora_rank": 32, "q_lora_rank": None, "qk_rope_head_dim": 16},
+    **{"qk_nope_head_dim": 32, "v_head_dim": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+}
+_EXPERTS = {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+# What each is here for: what its loader does that others' do not. By name, the Transformers classes and more settings.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # experts
+    "qwen3-moe": ("Qwen3Moe", _EXPERTS),
+    "deepseek": ("DeepseekV2", _LATENT),  # latent attention
+    "llama": ("Llama", {}),  # q, k and v, gate and up are fused
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {}),  # biases
+    "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),  # norms of q and k
+    "gemma2": ("Gemma2", {"head_dim": 32}),
+    "gemma3": ("Gemma3", {"head_dim": 32}),
+    "phi3": ("Phi3", {"pad_token_id": 0}),  # fused in the checkpoint
+    "opt": ("OPT", {"ffn_dim": 256, "word_embed_proj_dim": 128}),  # learned positions, biases
+    "llama-padded": ("Llama", {"vocab_size": 500}),  # vLLM pads vocabularies to multiples of 64
+}
+
+
+def make_tiny_model(folder: Path, architecture: str, seed: int) -> Path:
+    """A bfloat16 checkpoint."""
+    import torch
+    import transformers
+
+    family, settings = ARCHITECTURES[architecture]
+    config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    config = getattr(transformers, config_name)(**{**_COMMON, **settings})
+    torch.manual_seed(seed)
+    model: Any = getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
