@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from faults import Watch  # noqa: E402
-from fleet import MODEL, PROMPTS_CHECKED, Fleet, wait_for  # noqa: E402
+from fleet import PROMPTS_CHECKED, Fleet, wait_for  # noqa: E402
 from tests.faults_recorder import FaultRow  # noqa: E402
 from tests.oracles import Oracles, Recipe, clear_prompts  # noqa: E402
 
@@ -47,13 +47,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Pat
     """Coordinator, agent and a server on v1; v1 and v2 are published."""
     fleet = Fleet(tmp_path_factory.mktemp("fleet"), checkpoints["v1"])
     try:
-        fleet.start_coordinator()
-        fleet.start_agent()
-        fleet.start_engine()
-        for name, folder in checkpoints.items():
-            fleet.json("publish", str(folder), "--model", MODEL, "--version", name)
-        # The engine serves v1 already: this commits it without a window.
-        assert fleet.json("update", "v1")["phase"] == "UPDATE_PHASE_COMMITTED"
+        fleet.start_all(checkpoints)
         yield fleet
     finally:
         fleet.close()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,16 @@ class Fleet:
             start_new_session=True,
         )
         log.close()
+
+    def start_all(self, checkpoints: Mapping[str, Path]) -> None:
+        """Coordinator, agent and engine; the versions are published, and v1, which the engine serves, is committed."""
+        self.start_coordinator()
+        self.start_agent()
+        self.start_engine()
+        for name, folder in checkpoints.items():
+            self.json("publish", str(folder), "--model", MODEL, "--version", name)
+        # The engine serves v1 already: this commits it without a window.
+        assert self.json("update", "v1")["phase"] == "UPDATE_PHASE_COMMITTED"
 
     def start_coordinator(self, *options: str, store: Path | None = None) -> None:
         kept = f"sqlite:{store or self.folder / 'coordinator.db'}"

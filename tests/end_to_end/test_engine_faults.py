@@ -58,9 +58,24 @@ def serves_v2(fleet: Fleet, deadline_s: float = WAIT_S) -> None:
     wait_for("v2", ready, deadline_s)
 
 
-def names_the_replica(update: Any) -> bool:
+def hanging(fleet: Fleet, watch: Watch, key: str, hangs: str, at: str) -> str:
+    """The update to v1 that hangs in the engine; from here on the fault is watched."""
+    watch.about(key)
+    fleet.inject(hangs)
+    update_id = started(fleet, "v1", *LONGER)
+    fleet.wait_for_phase(update_id, at)
+    time.sleep(0.5)  # into the hang
+    watch.fault()
+    return update_id
+
+
+def ends_by_the_replica(fleet: Fleet, update_id: str, phase: str) -> None:
+    update = ended(fleet, update_id, UPDATE_DEADLINE_S)
+    assert_ended(update, phase)
     (member,) = update["replicas"]
-    return bool(member["replica_id"] == REPLICA and member["reason"] and REPLICA in update["reason"])
+    assert member["replica_id"] == REPLICA
+    assert member["reason"]
+    assert REPLICA in update["reason"]
 
 
 @pytest.mark.parametrize(
@@ -74,18 +89,11 @@ def test_an_engine_core_that_is_killed_ends_its_server_and_the_update(
     on_v2: Fleet, oracles: dict[str, Any], watch: Watch, key: str, hangs: str, at: str, ends: str
 ) -> None:
     fleet = on_v2
-    watch.about(key)
-    fleet.inject(hangs)
     core = core_pid(fleet)
-    update_id = started(fleet, "v1", *LONGER)
-    fleet.wait_for_phase(update_id, at)
-    time.sleep(0.5)  # into the hang
-    watch.fault()
+    update_id = hanging(fleet, watch, key, hangs, at)
     os.kill(core, signal.SIGKILL)
     fleet.await_end("engine", SERVER_ENDS_S)
-    update = ended(fleet, update_id, UPDATE_DEADLINE_S)
-    assert_ended(update, ends)
-    assert names_the_replica(update)
+    ends_by_the_replica(fleet, update_id, ends)
     starts_again(fleet, oracles)
     watch.ended(f"server ended, {ends}, restarted on v2", requests_may_fail=True)
 
@@ -101,19 +109,12 @@ def test_a_front_end_that_is_killed_takes_its_engine_along_and_ends_the_update(
     on_v2: Fleet, oracles: dict[str, Any], watch: Watch, key: str, hangs: str, at: str, ends: str
 ) -> None:
     fleet = on_v2
-    watch.about(key)
-    fleet.inject(hangs)
     core = core_pid(fleet)
-    update_id = started(fleet, "v1", *LONGER)
-    fleet.wait_for_phase(update_id, at)
-    time.sleep(0.5)
-    watch.fault()
+    update_id = hanging(fleet, watch, key, hangs, at)
     fleet.send("engine", signal.SIGKILL)
     assert fleet.await_end("engine") == -signal.SIGKILL
     wait_for("the end of the engine core", lambda: is_gone(core), SERVER_ENDS_S)
-    update = ended(fleet, update_id, UPDATE_DEADLINE_S)
-    assert_ended(update, ends)
-    assert names_the_replica(update)
+    ends_by_the_replica(fleet, update_id, ends)
     starts_again(fleet, oracles)
     watch.ended(f"engine core ended, {ends}, restarted on v2", requests_may_fail=True)
 
@@ -127,9 +128,7 @@ def test_a_controller_that_ends_by_a_bug_in_the_pause_leaves_no_engine_paused(
     watch.fault()
     update_id = started(fleet, "v1", *SHORT)
     fleet.await_end("engine", SERVER_ENDS_S)
-    update = ended(fleet, update_id, UPDATE_DEADLINE_S)
-    assert_ended(update, "ROLLED_BACK")
-    assert names_the_replica(update)
+    ends_by_the_replica(fleet, update_id, "ROLLED_BACK")
     fleet.fail_at("")
     starts_again(fleet, oracles)
     watch.ended("engine and server ended, ROLLED_BACK, restarted on v2", requests_may_fail=True)
@@ -147,9 +146,7 @@ def test_an_engine_core_that_stops_in_the_pause_is_torn_and_ended(
     fleet.await_end("engine", SERVER_ENDS_S)
     assert is_gone(core), "a process that is stopped is ended all the same"
     assert "TORN: hotweights_apply did not answer within 6 s" in (fleet.folder / "engine.log").read_text()
-    update = ended(fleet, update_id, UPDATE_DEADLINE_S)
-    assert_ended(update, "ROLLED_BACK")
-    assert names_the_replica(update)
+    ends_by_the_replica(fleet, update_id, "ROLLED_BACK")
     starts_again(fleet, oracles)
     watch.ended("torn, server ended, ROLLED_BACK, restarted on v2", requests_may_fail=True)
 
@@ -164,9 +161,7 @@ def test_a_front_end_that_stops_in_the_pause_is_left_behind_and_catches_up(
     fleet.await_stop("engine")
     watch.fault()
     fleet.fail_at("")
-    update = ended(fleet, update_id, UPDATE_DEADLINE_S)
-    assert_ended(update, "ROLLED_BACK")
-    assert names_the_replica(update)
+    ends_by_the_replica(fleet, update_id, "ROLLED_BACK")
     fleet.send("engine", signal.SIGCONT)
     serves_v2(fleet)
     serves(fleet, "v2", oracles["v2"])

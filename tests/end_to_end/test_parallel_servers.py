@@ -84,12 +84,7 @@ def fleet(
     fleet = ParallelFleet(tmp_path_factory.mktemp("parallel"), checkpoints["v1"])
     fleet.prompts = oracles["v1"]["prompts"]
     try:
-        fleet.start_coordinator()
-        fleet.start_agent()
-        fleet.start_engine()
-        for name, folder in checkpoints.items():
-            fleet.json("publish", str(folder), "--model", MODEL, "--version", name)
-        assert fleet.json("update", "v1")["phase"] == "UPDATE_PHASE_COMMITTED"
+        fleet.start_all(checkpoints)
         yield fleet
     finally:
         fleet.close()
