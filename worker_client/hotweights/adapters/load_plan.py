@@ -84,12 +84,15 @@ class LoadPlan:
 
 
 def record(model: Any, tensors: Mapping[str, torch.Tensor]) -> LoadPlan:
-    """Runs `model.load_weights` on the shapes, strides and dtypes of a checkpoint's tensors. Raises NotRecorded."""
+    """Runs `model.load_weights` on the shapes, strides and dtypes of a checkpoint's tensors.
+
+    Raises NotRecorded, and what the loader raises for tensors that are not its model's.
+    """
     recorder = _Recorder(model)
     try:
         with torch.no_grad(), recorder:
             model.load_weights(iter(list(recorder.sources(tensors))))
-    except (RuntimeError, NotImplementedError) as error:  # what torch raises for values that are not there
+    except RuntimeError as error:  # as torch says that values are not there
         raise NotRecorded(f"the loader stopped: {error}") from error
     return recorder.plan
 
