@@ -32,7 +32,7 @@ def unpacked() -> Iterator[None]:
     "tied",
     [
         pytest.param(False, marks=pytest.mark.capability("undo after every k-th tensor")),
-        pytest.param(True, marks=pytest.mark.capability("tied weights")),
+        pytest.param(True, marks=[pytest.mark.capability("tied weights"), pytest.mark.matrix]),
     ],
     ids=["untied", "tied"],
 )
