@@ -3,8 +3,9 @@
     python -m benchmarks.starved --json [--quick]
 
 No part of Hotweights runs: this is why the demo and the tests keep engines off the first core, and why the docs advise
-it. vLLM's processes wait for each other with sched_yield; how long others wait then depends on the kernel. Engines are
-started in turn, one of each kind a run. `start_time` is the slowest start of a Python beside the engine on all cores,
+it. vLLM's processes wait for each other with sched_yield; how long others wait then depends on the kernel (within the
+engine's own session nobody waited on Linux 6.18, so it has one of its own here, as services do). Engines are started in
+turn, one of each kind a run. `start_time` is the slowest start of a Python beside the engine on all cores,
 over the slowest beside the other; `batch_rate` is what the engine did meanwhile, the other's over the one on all cores.
 """
 
@@ -66,6 +67,7 @@ class Engine:
             stderr=subprocess.DEVNULL,
             env={**os.environ, **SETTINGS},
             text=True,
+            start_new_session=True,  # the kernel shares out cores by session, as it does by container
         )
         if core_left:
             leave_a_core(self._process.pid)

@@ -33,8 +33,8 @@ def free_port() -> int:
 def leave_a_core(engine: int) -> None:
     """Keeps the engine whose process has just been started off the first core, when there are more.
 
-    vLLM's processes wait for each other with sched_yield. While an engine generates without pause on
-    every core, Linux 6.18 lets a process that starts beside it wait for half a minute.
+    vLLM's processes wait for each other with sched_yield. While an engine generates without pause on every core,
+    Linux 6.18 lets a process of another session wait for half a minute: `python -m benchmarks.starved` shows it.
     """
     cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
     if len(cores) > 1:
