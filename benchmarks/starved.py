@@ -11,13 +11,14 @@ over the slowest beside the other; `batch_rate` is what the engine did meanwhile
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.report import Report, progress
@@ -75,6 +76,7 @@ class Engine:
         ends = time.monotonic() + START_DEADLINE_S
         while not self.batches:
             if self._process.poll() is not None or time.monotonic() > ends:
+                self._end_all()
                 raise RuntimeError("the engine did not start")
             time.sleep(0.1)
 
@@ -86,7 +88,15 @@ class Engine:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(END_DEADLINE_S)
+        try:
+            self._process.wait(END_DEADLINE_S)
+        finally:
+            self._end_all()
+
+    def _end_all(self) -> None:
+        """Its engine core is of the same group."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 @contextmanager
