@@ -33,17 +33,26 @@ class FailpointExtension(HotweightsWorkerExtension):
             del layers[-1].__dict__["friends"]
         return {}
 
-    def spoil_assembled(self, packed: bool) -> dict[str, Any]:
-        """Changes one thing that was assembled, after it was fingerprinted."""
-        from hotweights.adapters.shadow import Attribute, Bytes
+    def forget_plans(self) -> dict[str, Any]:
+        from hotweights.adapters.plans import Plans
 
-        writes = self._hotweights_rank._update.route._writes
-        kind = Attribute if packed else Bytes
-        at = next(at for at, write in enumerate(writes) if isinstance(write, kind))
+        self._hotweights_rank._plans = Plans()
+        return {}
+
+    def spoil_write(self, packed: bool) -> dict[str, Any]:
+        """Has one write write something else than what it was made for."""
+        from hotweights.adapters.writes import Function
+
+        class Idle(Function):
+            def write(self) -> None:
+                pass
+
+        writes = self._hotweights_rank._prepared.made.update.writes
+        at = next(at for at, write in enumerate(writes) if isinstance(write, Function) == packed)
         if packed:
-            del writes[at]
+            writes[at] = Idle(writes[at].layer, writes[at].name, writes[at].new, writes[at].old)
         else:
-            writes[at].new.data.view(-1)[0] += 1
+            writes[at]._pairs[0][1].view(-1)[0] += 1
         return {}
 
     def mark_caches(self, value: float) -> dict[str, Any]:

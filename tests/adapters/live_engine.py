@@ -50,6 +50,7 @@ class LiveEngine:
             VLLM_LOGGING_LEVEL=os.environ.get("TEST_VLLM_LOGGING", "ERROR"),
             VLLM_WORKER_MULTIPROCESSING_METHOD="spawn",
         )
+        self.base = folder
         if str(HERE) not in sys.path:
             sys.path.insert(0, str(HERE))  # a spawned worker gets this path too, and imports the extension from it
         self.loop = asyncio.new_event_loop()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from .live_engine import PROMPTS, LiveEngine, Oracle
-from .swaps import ROUTES, check_every_failure, check_there_and_back, prepare
+from .swaps import CAPABILITIES, ROUTES, check_every_failure, check_there_and_back, fingerprints_of, prepare, undo
 
 pytestmark = [
     pytest.mark.vllm,
@@ -25,6 +25,9 @@ pytestmark = [
     # vLLM's and its dependencies' own warnings are not ours to mend.
     pytest.mark.filterwarnings("ignore"),
 ]
+
+
+MODULES = 15  # that loaders write: two embeddings, five norms, four linear layers in each of two
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def image(folders: dict[str, Path], tmp_path: Path) -> Callable[[Callable[[dict[
     return make
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.capability(f"{name} route")) for name in ROUTES])
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.capability(CAPABILITIES[name])) for name in ROUTES])
 def route(request: pytest.FixtureRequest, engine: LiveEngine) -> Iterator[str]:
     engine.extension("inject_route", request.param)
     yield request.param
@@ -53,24 +56,24 @@ def test_a_swap_equals_a_fresh_engine_in_outputs_and_fingerprint_and_so_does_its
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle, route: str
 ) -> None:
     assert v1.tokens != v2.tokens
-    check_there_and_back(engine, folders["v2"], v1, v2, route)
+    routes = check_there_and_back(engine, folders["v2"], v1, v2)
+    packed = engine.extension("packed_layer_count")
+    direct = {"auto": MODULES - packed}.get(route, 0)
+    assert routes["direct"][0] == direct
+    assert routes["reload" if route == "reload" else "assembled"][0] == MODULES - direct
+    if route == "auto" and packed:
+        (reason,) = routes["reasons"]
+        assert reason.endswith(f"and {packed - 1} more: its weights are packed for this CPU")
 
 
 @pytest.mark.capability("undo after every k-th tensor")
 def test_a_failure_after_every_kth_write_is_undone_and_a_good_apply_follows(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle, route: str
 ) -> None:
-    # On the one route the checkpoint's 21 tensors; on the other what differs: both embeddings, and the packed layers
-    # or, where nothing is packed, the weights of the eight linear ones.
-    writes = {"reload": 21, "assembled": 2 + (engine.extension("packed_layer_count") or 8)}[route]
+    # By reload the checkpoint's 21 tensors; otherwise what differs: both embeddings, and the packed layers or, where
+    # nothing is packed, the weights of the eight linear ones.
+    writes = 21 if route == "reload" else 2 + (engine.extension("packed_layer_count") or 8)
     assert check_every_failure(engine, folders["v2"], v1, v2) == writes + 1
-
-
-def test_the_default_is_to_assemble(engine: LiveEngine, folders: dict[str, Path], v1: Oracle) -> None:
-    assert prepare(engine, folders["v2"])["ok"]
-    assert engine.rpc("apply", str(folders["v2"]))["route"] == "assembled"
-    assert engine.rpc("undo")["fingerprint"] == v1.fingerprint
-    assert engine.rpc("release")["ok"]
 
 
 @pytest.mark.capability("serving while assembling")
@@ -94,15 +97,11 @@ def test_nothing_of_the_shadow_stays(engine: LiveEngine, folders: dict[str, Path
     assert prepare(engine, folders["v2"])["ok"]
     assert not engine.extension("shadow_is_gone")
     assert engine.rpc("apply", str(folders["v2"]))["ok"]
-    ends = time.monotonic() + 10
-    while not engine.extension("shadow_is_gone"):
-        assert time.monotonic() < ends
-        time.sleep(0.2)
-    assert engine.rpc("undo")["fingerprint"] == v1.fingerprint
-    assert "prepare it again" in engine.rpc("apply", str(folders["v2"]))["reason"]
-    assert prepare(engine, folders["v2"])["ok"]
+    assert engine.rpc("undo")["ok"]
     assert engine.rpc("release")["ok"]
     assert engine.extension("shadow_is_gone")
+    engine.call(engine.llm.reset_prefix_cache())
+    assert engine.oracle() == v1
 
 
 def test_a_model_that_is_not_understood_is_reloaded_or_refused_by_name(
@@ -110,10 +109,14 @@ def test_a_model_that_is_not_understood_is_reloaded_or_refused_by_name(
 ) -> None:
     engine.extension("inject_friend", True)
     try:
-        assert prepare(engine, folders["v2"])["ok"]
-        applied = engine.rpc("apply", str(folders["v2"]))
-        assert (applied["route"], applied["fingerprint"]) == ("reload", v2.fingerprint)
-        assert engine.rpc("undo")["fingerprint"] == v1.fingerprint
+        routes = prepare(engine, folders["v2"])["routes"]
+        packed = engine.extension("packed_layer_count")
+        assert (routes["assembled"][0], routes["reload"][0]) == (0, packed)
+        assert engine.rpc("apply", str(folders["v2"]))["ok"]
+        engine.call(engine.llm.reset_prefix_cache())
+        assert engine.oracle() == v2
+        undo(engine)
+        assert engine.oracle() == v1
         assert engine.rpc("release")["ok"]
         engine.extension("inject_route", "assembled")
         refused = prepare(engine, folders["v2"])
@@ -125,19 +128,18 @@ def test_a_model_that_is_not_understood_is_reloaded_or_refused_by_name(
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["bytes", "packed"])
-def test_what_is_not_what_was_assembled_is_a_failure_and_is_undone(
+def test_what_reads_back_as_something_else_than_was_prepared_is_a_failure_and_is_undone(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, packed: bool
 ) -> None:
     if packed and not engine.extension("packed_layer_count"):
         pytest.skip("this processor packs nothing")
     assert prepare(engine, folders["v2"])["ok"]
-    engine.extension("spoil_assembled", packed)
+    engine.extension("spoil_write", packed)
     failed = engine.rpc("apply", str(folders["v2"]))
     assert not failed["ok"]
     assert "NotProven" in failed["reason"]
-    assert engine.rpc("undo")["fingerprint"] == v1.fingerprint
+    undo(engine)
     assert engine.rpc("release")["ok"]
-    engine.call(engine.llm.reset_prefix_cache())
     assert engine.oracle() == v1
 
 
@@ -194,8 +196,11 @@ def test_a_name_map_renames_tensors_and_prefixes(engine: LiveEngine, image: Any,
     assert not prepare(engine, folder)["ok"]
     answer = prepare(engine, folder, {"trainer.": "", "head": "lm_head.weight"})
     assert answer["ok"], answer
-    assert engine.rpc("apply", str(folder))["fingerprint"] == v2.fingerprint
-    assert engine.rpc("undo")["fingerprint"] == v1.fingerprint
+    assert engine.rpc("apply", str(folder))["ok"]
+    engine.call(engine.llm.reset_prefix_cache())
+    assert engine.oracle() == v2
+    undo(engine)
+    assert engine.oracle() == v1
     assert engine.rpc("release")["ok"]
 
 
@@ -220,7 +225,7 @@ def test_the_same_request_asked_before_and_after_meets_no_old_cache_blocks(
 
     async def swap(folder: str, mode: Any, before: tuple[bytes, ...]) -> tuple[bytes, ...]:
         order = WindowOrder(folder, "v", mode, time.monotonic() + 10, 20.0, 30.0)
-        result = await run_window(live, order, before)
+        result = await run_window(live, order, before, lambda: fingerprints_of(live))
         assert result.outcome is Outcome.APPLIED, result
         return result.fingerprints
 

@@ -5,13 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.adapters.live_engine import LiveEngine, fresh_oracle
-from tests.adapters.swaps import ROUTES, check_every_failure, check_there_and_back
+from tests.adapters.live_engine import LiveEngine, Oracle, fresh_oracle
+from tests.adapters.swaps import ROUTES, check_every_failure, check_there_and_back, prepare, undo
 from tests.models import make_checkpoint
+
+NORMS = 5  # the same in every random checkpoint
+MODULES = 15  # that loaders write: two embeddings, five norms, four linear layers in each of two
+ROUTE_OF = {"auto": "direct", "assembled": "assembled", "reload": "reload"}
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.capability("AsyncLLM"),
+    pytest.mark.capability("direct route"),
     pytest.mark.capability("assembled route"),
     pytest.mark.capability("reload route"),
     pytest.mark.slow,
@@ -26,6 +31,29 @@ def unpacked() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TEST_PLAIN_LINEAR", "1")  # read by the extension, in every worker
         yield
+
+
+def check_proofs(engine: LiveEngine, folder: Path, before: Oracle, after: Oracle, tied: bool) -> None:
+    """Without an image that gives what is installed nothing is written directly, and all the same it is right."""
+    engine.extension("inject_route", "auto")
+    # A plan that was proven once needs no image any longer; then again as new: with none, and with another's.
+    for forget, base, direct, reason in (
+        (False, "", MODULES - tied, ""),
+        (True, "", 0, "not known here"),
+        (True, folder, NORMS, "holds something else than"),
+    ):
+        if forget:
+            engine.extension("forget_plans")
+        routes = prepare(engine, folder, base=base)["routes"]
+        assert routes["direct"][0] == direct
+        assert [reason for told in routes["reasons"] if reason in told][:1] == [reason] * bool(reason)
+        assert engine.rpc("apply", str(folder))["ok"]
+        engine.call(engine.llm.reset_prefix_cache())
+        assert engine.oracle() == after
+        undo(engine)
+        assert engine.oracle() == before
+        assert engine.rpc("release")["ok"]
+    engine.extension("forget_plans")
 
 
 @pytest.mark.parametrize(
@@ -45,9 +73,12 @@ def test_plain_weights_are_swapped_and_undone_on_both_routes(tmp_path: Path, tie
         before = engine.oracle()
         for route in ROUTES:
             engine.extension("inject_route", route)
-            check_there_and_back(engine, two, before, after, route)
+            routes = check_there_and_back(engine, two, before, after)
+            counts = {name: routes[name][0] for name in ("direct", "assembled", "reload")}
+            assert counts == {**dict.fromkeys(counts, 0), ROUTE_OF[route]: MODULES - tied}
+        check_proofs(engine, two, before, after, tied)
         if not tied:
-            engine.extension("inject_route", "assembled")
+            engine.extension("inject_route", "direct")
             check_every_failure(engine, two, before, after)
     finally:
         engine.close()

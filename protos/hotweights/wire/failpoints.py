@@ -51,6 +51,7 @@ POINTS = (
     Point("window.begin", "controller", "a window is about to pause the engine"),
     Point("window.paused", "controller", "the engine is paused, nothing is written"),
     Point("window.written", "controller", "the ranks wrote, the engine is still paused"),
+    Point("window.resumed", "controller", "the engine serves what was written, not all of which is proven yet"),
     Point("window.report", "controller", "the engine goes on, the coordinator has not heard of it"),
     Point("prepare.start", "rank", "a rank begins to prepare"),
     Point("apply.start", "rank", "a rank begins to apply, nothing is written"),

@@ -34,10 +34,15 @@ class FakeEngine:
         self.wakes = asyncio.Event()
         self.checks_finite = False
         self.cleared_caches = self.caches_spoilt = False
+        self.expects = False
+        self.base = ""
         self.does: dict[str, Callable[..., Awaitable[Any]]] = {}
 
     def proof(self, rank: int) -> bytes:
         return f"{rank}:{self.weights[rank]}".encode()
+
+    def expected(self, rank: int) -> bytes:
+        return f"{rank}:{self.prepared}".encode()
 
     async def _done(self, name: str, *args: Any) -> Any:
         assert not self.killed, f"{name} on an engine that was killed"
@@ -93,26 +98,28 @@ class FakeEngine:
         return {"done": True, "fingerprint": self.proof(rank)}
 
     def _prepare(self, rank: int, folder: str, name_map: dict[str, str], options: dict[str, Any]) -> Status:
-        self.checks_finite = options["check_finite"]
+        self.checks_finite, self.base = options["check_finite"], options["base"]
         self.prepared, self.kept = folder, None
         return {}
 
     def _prepared(self, rank: int) -> Status:
-        return {"done": True, "fingerprint": self.proof(rank), "caches_spoilt": self.caches_spoilt}
+        expected = self.expected(rank) if self.expects else b""
+        told = {"fingerprint": self.proof(rank), "expected": expected, "caches_spoilt": self.caches_spoilt}
+        return {"done": True, "routes": {}, **told}
 
     def _apply(self, rank: int, folder: str) -> Status:
         assert self.paused
         assert folder == self.prepared
         self.kept = self.kept or list(self.weights)
         self.weights[rank] = folder
-        return {"fingerprint": self.proof(rank)}
+        return {"written": b"w"}
 
     def _undo(self, rank: int, options: dict[str, Any]) -> Status:
         assert self.paused
         self.cleared_caches = options["clear_caches"]
         assert self.kept is not None
         self.weights[rank] = self.kept[rank]
-        return {"fingerprint": self.proof(rank)}
+        return {}
 
     def _release(self, rank: int) -> Status:
         self.kept, self.prepared = None, ""

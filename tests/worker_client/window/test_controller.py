@@ -201,3 +201,28 @@ async def test_the_same_order_again_gets_the_same_report(bench: Bench) -> None:
 
 async def test_an_order_for_an_agent_is_refused(bench: Bench) -> None:
     assert "replica" in await bench.stream.give(stage=pb.StageImage(manifest_digest=V2))
+
+
+async def test_the_ranks_prove_their_plans_with_the_image_that_is_served_and_let_go_of_it(bench: Bench) -> None:
+    await bench.prepare(V2)
+    assert bench.engine.base == "/stage/base"
+    assert bench.agent.mapped == [V2]
+
+
+async def test_an_image_that_is_served_but_not_here_leaves_the_plans_unproven(bench: Bench) -> None:
+    bench.agent.held.discard(b"base")
+    assert (await bench.prepare(V2)).WhichOneof("event") == "prepared"
+    assert bench.engine.base == ""
+
+
+async def test_what_would_install_something_else_than_before_is_refused_before_the_pause(bench: Bench) -> None:
+    await bench.prepare(V2)
+    await bench.apply(V2)
+    await bench.apply(b"base", restore=True)
+    bench.engine.expects = True
+    bench.engine.expected = lambda rank: b"another"  # type: ignore[method-assign]
+    await bench.prepare(V2)
+    bench.engine.calls.clear()
+    failed = (await bench.apply(V2)).apply_failed
+    assert "another fingerprint" in failed.reason
+    assert "pause" not in bench.engine.calls

@@ -11,12 +11,15 @@ from tests.worker_client.window.fakes import FakeEngine, fails, hangs, refuses
 from hotweights.wire import failpoints
 from hotweights.wire.failpoints import Injected
 from hotweights.worker_client.window import window as window_module
-from hotweights.worker_client.window.engine import PauseMode, Process
+from hotweights.worker_client.window.engine import EngineFailed, PauseMode, Process
 from hotweights.worker_client.window.window import (
+    NoProof,
     Outcome,
     Unanswered,
     WindowOrder,
     WindowResult,
+    fingerprints,
+    refusals,
     run_window,
     within,
 )
@@ -38,9 +41,19 @@ def an_order(mode: PauseMode = "recompute") -> WindowOrder:
     )
 
 
-async def opened(engine: FakeEngine, order: WindowOrder | None = None) -> WindowResult:
+async def proof(engine: FakeEngine) -> tuple[bytes, ...]:
+    assert not engine.paused, "all of it is fingerprinted beside serving"
+    answers = await engine.rpc("hotweights_fingerprint", "call")
+    if failed := refusals(answers):
+        raise EngineFailed(failed)
+    return fingerprints(answers)
+
+
+async def opened(
+    engine: FakeEngine, order: WindowOrder | None = None, before: tuple[bytes, ...] = BEFORE
+) -> WindowResult:
     engine.prepared = engine.prepared or TARGET
-    return await run_window(engine, order or an_order(), BEFORE)
+    return await run_window(engine, order or an_order(), before, lambda: proof(engine))
 
 
 def still_serves_base(engine: FakeEngine) -> bool:
@@ -52,7 +65,7 @@ async def test_an_apply_pauses_writes_proves_resets_tags_and_resumes() -> None:
     result = await opened(engine)
     assert result.outcome is Outcome.APPLIED
     assert result.fingerprints == (b"0:/stage/v2", b"1:/stage/v2")
-    assert engine.calls == ["pause", "apply", "reset", "tag", "resume"]
+    assert engine.calls == ["pause", "apply", "reset", "tag", "resume", "fingerprint"]
     assert engine.tag == "v2"
 
 
@@ -86,11 +99,72 @@ async def test_a_cache_that_is_still_held_undoes_the_apply() -> None:
     assert still_serves_base(engine)
 
 
-async def test_a_fingerprint_other_than_the_known_one_undoes_the_apply() -> None:
+async def test_a_fingerprint_other_than_the_expected_one_takes_the_apply_back_in_a_second_pause() -> None:
     engine = FakeEngine()
-    result = await opened(engine, dataclasses.replace(an_order(), expected=(b"other", b"other")))
+    order = dataclasses.replace(an_order("keep"), expected=(b"other", b"other"), version_before="v1")
+    result = await opened(engine, order)
     assert result.outcome is Outcome.UNDONE
+    assert "another" in result.reason
+    assert engine.calls[:5] == ["pause", "apply", "tag", "resume", "fingerprint"]
+    assert engine.calls[5:] == ["pause", "undo", "reset", "tag", "resume", "fingerprint"]
+    assert engine.cleared_caches, "the engine ran on what it wrote"
+    assert engine.tag == "v1"
     assert still_serves_base(engine)
+
+
+async def test_ranks_that_cannot_be_fingerprinted_go_back() -> None:
+    engine = FakeEngine()
+    refuses(engine, "fingerprint", "broken")
+    result = await opened(engine)
+    assert result.outcome is Outcome.TORN, "nor can what they went back to"
+    assert engine.weights == ["/base", "/base"]
+
+
+async def test_an_engine_that_fell_asleep_meanwhile_keeps_what_was_read_back_in_the_pause() -> None:
+    engine = FakeEngine()
+
+    async def asleep() -> tuple[bytes, ...]:
+        raise NoProof("it sleeps")
+
+    engine.prepared = TARGET
+    order = dataclasses.replace(an_order(), expected=(b"0:/stage/v2", b"1:/stage/v2"))
+    result = await run_window(engine, order, BEFORE, asleep)
+    assert (result.outcome, result.fingerprints) == (Outcome.APPLIED, order.expected)
+    assert "it sleeps" in result.note
+
+
+async def test_going_back_that_proves_something_else_tears_the_replica() -> None:
+    engine = FakeEngine()
+    await opened(engine)
+    result = await opened(engine, dataclasses.replace(an_order(), folder="", expected=(b"never", b"seen")))
+    assert result.outcome is Outcome.TORN
+
+
+@pytest.mark.parametrize("silent", ["pause", "undo", "reset", "tag", "resume"])
+async def test_a_second_pause_without_an_answer_tears_the_replica(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_module, "RESUME_DEADLINE_S", 0.2)
+    engine = FakeEngine()
+    engine.prepared = TARGET
+
+    async def proves_another() -> tuple[bytes, ...]:
+        hangs(engine, silent)
+        return (b"other", b"other")
+
+    order = dataclasses.replace(an_order(), expected=(b"0:/stage/v2", b"1:/stage/v2"))
+    assert (await run_window(engine, order, BEFORE, proves_another)).outcome is Outcome.TORN
+    assert "did not answer" in engine.killed
+
+
+async def test_a_bug_after_the_pause_leaves_an_engine_that_serves() -> None:
+    engine = FakeEngine()
+    failpoints.arm("window.resumed:raise")
+    try:
+        with pytest.raises(Injected):
+            await opened(engine)
+    finally:
+        failpoints.arm("")
+    assert not engine.paused
+    assert not engine.killed
 
 
 async def test_requests_that_do_not_drain_in_time_leave_the_engine_serving() -> None:
@@ -127,7 +201,7 @@ async def test_an_undo_that_proves_something_else_tears_the_replica() -> None:
     engine = FakeEngine()
     refuses(engine, "apply", "broken")
     engine.prepared = TARGET
-    result = await run_window(engine, an_order(), (b"never", b"seen"))
+    result = await opened(engine, before=(b"never", b"seen"))
     assert result.outcome is Outcome.TORN
     assert "did not bring back" in result.reason
 
@@ -166,7 +240,7 @@ async def test_kept_copies_bring_the_base_back_without_an_image() -> None:
     engine = FakeEngine()
     await opened(engine)
     order = dataclasses.replace(an_order(), folder="", version="v1", expected=BEFORE)
-    result = await run_window(engine, order, BEFORE)
+    result = await opened(engine, order)
     assert result.outcome is Outcome.APPLIED
     assert still_serves_base(engine)
     assert engine.tag == "v1"
@@ -176,7 +250,7 @@ async def test_going_back_that_fails_tears_the_replica() -> None:
     engine = FakeEngine()
     await opened(engine)
     refuses(engine, "undo", "gone")
-    result = await run_window(engine, dataclasses.replace(an_order(), folder=""), BEFORE)
+    result = await opened(engine, dataclasses.replace(an_order(), folder=""))
     assert result.outcome is Outcome.TORN
 
 
@@ -205,7 +279,7 @@ async def test_keep_drops_no_cache_and_salts_what_comes_after() -> None:
     engine = FakeEngine()
     result = await opened(engine, an_order("keep"))
     assert result.outcome is Outcome.APPLIED
-    assert engine.calls == ["pause", "apply", "tag", "resume"]
+    assert engine.calls == ["pause", "apply", "tag", "resume", "fingerprint"]
     assert engine.salt == "v2"
 
 
@@ -214,7 +288,7 @@ async def test_keep_drops_the_caches_after_an_undo_and_salts_nothing() -> None:
     refuses(engine, "apply", "broken")
     result = await opened(engine, an_order("keep"))
     assert result.outcome is Outcome.UNDONE
-    assert engine.calls == ["pause", "apply", "undo", "reset", "resume"]
+    assert engine.calls == ["pause", "apply", "undo", "reset", "resume", "fingerprint"]
     assert engine.salt == ""
 
 

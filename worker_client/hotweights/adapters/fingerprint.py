@@ -1,16 +1,16 @@
 """The proof of what is installed: one digest over the live tensors of a module.
 
-BLAKE3 over (name, dtype, shape, bytes) of every parameter and of every buffer that is no alias of one, sorted by
-name. On CPUs with AVX-512 or AMX vLLM packs linear layers into memory of C++ that Python cannot read
-(`layer.cpu_linear`, often with an emptied `layer.weight`). What such a layer answers to a fixed probe of 8 rows goes
-into the digest instead. That shows a layer that was not loaded, was loaded from another version or in part; it does
-not show every single flipped bit, since outputs are rounded.
+BLAKE3 over the digests of every parameter and of every buffer that is no alias of one, sorted by name; each is BLAKE3
+over (name, dtype, shape, bytes). On CPUs with AVX-512 or AMX vLLM packs linear layers into memory of C++ that Python
+cannot read (`layer.cpu_linear`, often with an emptied `layer.weight`). What such a layer answers to a fixed probe of 8
+rows goes into the digest instead. That shows a layer that was not loaded, was loaded from another version or in part;
+it does not show every single flipped bit, since outputs are rounded.
 
 Equal on two engines of the same machine, configuration and weights; the probe makes it differ between machines.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,11 +31,19 @@ def combine(tensors: bytes, probe: "Probe") -> bytes:
 
 def digest_tensors(module: torch.nn.Module, *, threads: int = blake3.AUTO) -> bytes:
     """The part that reads memory; may run beside a serving engine."""
-    hasher = blake3(max_threads=threads)
-    for name, tensor in sorted(live_tensors(module)):
-        hasher.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        if tensor.numel():
-            hasher.update(_bytes_of(tensor))
+    return combine_tensors({name: digest_tensor(name, t, threads=threads) for name, t in live_tensors(module)})
+
+
+def combine_tensors(digests: Mapping[str, bytes]) -> bytes:
+    """The part that reads memory, from the digest of each of `live_tensors`."""
+    return blake3(b"".join(digests[name] for name in sorted(digests))).digest()
+
+
+def digest_tensor(name: str, tensor: torch.Tensor, *, threads: int = blake3.AUTO) -> bytes:
+    """Of one tensor under its name."""
+    hasher = blake3(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode(), max_threads=threads)
+    if tensor.numel():
+        hasher.update(bytes_of(tensor))
     return hasher.digest()
 
 
@@ -50,7 +58,7 @@ def live_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer
 
 
-def _bytes_of(tensor: torch.Tensor) -> Any:
+def bytes_of(tensor: torch.Tensor) -> Any:
     """The tensor's bytes as something with a buffer; on the host, without a copy where it is there already."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy()
@@ -128,7 +136,7 @@ class Probe:
         linear = _linear(layer)
         answer = linear(self._input(width), layer._parameters.get("weight"), None)
         header = f"{name}\0{answer.dtype}\0{tuple(answer.shape)}\0".encode()
-        self._asked[name] = linear, blake3(header).update(_bytes_of(answer)).digest()
+        self._asked[name] = linear, blake3(header).update(bytes_of(answer)).digest()
 
     def _input(self, width: int) -> torch.Tensor:
         """A fixed pattern in [-1, 1), not from a generator: torch's may change between its versions."""

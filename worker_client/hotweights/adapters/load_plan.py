@@ -2,18 +2,21 @@
 
     load_weights(tensors without storage) --what it would copy--> Copy: (tensor, slice) -> (parameter, slice)
 
-Recording changes nothing: whatever the loader does to a parameter is noted and not done, so it may run while the model
-serves. What is no plain copy of a slice and no constant (added to, repacked) makes its parameter opaque: not for this
-route.
+Recording changes nothing: the loader runs on twins of the model's modules, and whatever it does to a parameter is
+noted and not done, so it may run while the model serves. What is no plain copy of a slice and no constant (added to,
+repacked) makes its parameter opaque: not for this route.
 A plan is a claim about another program, so it is proven before it is used: see `differing`.
+"Parameters" here are buffers too.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from hotweights.adapters.twins import REGISTRIES, NoShadow, Twins
 
 _FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
 
@@ -54,6 +57,20 @@ class Fill:
     value: float
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a tensor lies in memory, strides in elements."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def form(tensor: torch.Tensor) -> Form:
+    """Of this tensor."""
+    return Form(tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
 @dataclass
 class LoadPlan:
     """Copies and fills in the loader's order; of each opaque parameter, what was done to it instead."""
@@ -61,39 +78,96 @@ class LoadPlan:
     copies: list[Copy] = field(default_factory=list)
     fills: list[Fill] = field(default_factory=list)
     opaque: dict[str, str] = field(default_factory=dict)
+    forms: dict[str, Form] = field(default_factory=dict)
+    """Of every parameter that the loader writes: the form that it wrote to."""
+    sources: dict[str, set[str]] = field(default_factory=dict)
+    """The checkpoint tensors that each parameter is made from."""
+    computed: dict[str, str] = field(default_factory=dict)
+    """Modules on which the loader put something else than parameters, and what."""
 
     def differing(self, model: torch.nn.Module, image: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """Parameters for which the plan with these tensors does not give what the model holds now, and why.
 
         Bits count: zeros of both signs differ, a NaN equals itself. With the image that is installed, whatever is not
-        in the answer may be written by the plan.
+        in the answer may be written by the plan. Reads the model where it is; a device's tensors are compared there.
         """
-        live = dict(model.named_parameters(remove_duplicate=False))
-        problems = dict(self.opaque)
+        live = named_tensors(model)
+        problems = {**self.opaque, **self.reshaped(live)}
         for copy in self.copies:
             if copy.parameter in problems:
                 continue
             target = copy.put.of(live[copy.parameter].data)
-            if not _same_bits(copy.take.of(image[copy.tensor]).to(target.dtype), target):
+            if not _same_bits(copy.take.of(image[copy.tensor]).to(target.dtype).to(target.device), target):
                 problems[copy.parameter] = f"holds something else than {copy.tensor} gives"
         for fill in self.fills:
+            if fill.parameter in problems:
+                continue
             target = fill.put.of(live[fill.parameter].data)
             if not _same_bits(torch.full_like(target, fill.value), target):
-                problems.setdefault(fill.parameter, f"holds something else than its padding of {fill.value:g}")
+                problems[fill.parameter] = f"holds something else than its padding of {fill.value:g}"
         return problems
 
+    def reshaped(self, live: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """Parameters that the model does not hold in the form that its loader writes."""
+        problems: dict[str, str] = {}
+        for name, written in self.forms.items():
+            if name not in live:
+                problems[name] = "is not kept after loading"
+            elif form(live[name]) != written:
+                problems[name] = "is kept in another form after loading"
+        return problems
 
-def record(model: Any, tensors: Mapping[str, torch.Tensor]) -> LoadPlan:
+    def tensors_for(self, parameters: Collection[str]) -> set[str]:
+        """The checkpoint tensors that these parameters are made from."""
+        return {tensor for name in parameters for tensor in self.sources.get(name, ())}
+
+
+def named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer under each of its names."""
+    return {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
+
+
+def record_beside(live: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> LoadPlan:
+    """The plan of a model that serves: its loader runs on twins. Raises NotRecorded."""
+    try:
+        twins = Twins(live, lambda layer: False)
+    except NoShadow as error:
+        raise NotRecorded(str(error)) from error
+    try:
+        twins.as_created()
+        plan = record(twins.model, tensors, {_number(tensor) for tensor in named_tensors(live).values()})
+        names = {layer: name for name, layer in live.named_modules()}
+        for layer, twin in twins.of.items():
+            for attribute in _computed(twins.initial[layer], twin):
+                plan.computed.setdefault(names[layer], f"the loader makes its {attribute}")
+        return plan
+    finally:
+        twins.forget()
+
+
+def _computed(before: dict[str, Any], twin: torch.nn.Module) -> Iterator[str]:
+    """Attributes, registered tensors apart, in which the loader left tensors."""
+    for name, value in twin.__dict__.items():
+        if name not in REGISTRIES and before.get(name) is not value and any(_tensors(value)):
+            yield name
+
+
+def record(model: Any, tensors: Mapping[str, torch.Tensor], untouchable: Collection[int] = ()) -> LoadPlan:
     """Runs `model.load_weights` on the shapes, strides and dtypes of a checkpoint's tensors.
 
-    Raises NotRecorded, and what the loader raises for tensors that are not its model's.
+    `untouchable` storages, by number, are not to be written to. Raises NotRecorded.
     """
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, untouchable)
     try:
         with torch.no_grad(), recorder:
             model.load_weights(iter(list(recorder.sources(tensors))))
-    except RuntimeError as error:  # as torch says that values are not there
-        raise NotRecorded(f"the loader stopped: {error}") from error
+    except NotRecorded:
+        raise
+    except Exception as error:  # a loader raises what it likes for tensors that are not its model's or have no values
+        raise NotRecorded(f"the loader stopped: {type(error).__name__}: {error}") from error
     return recorder.plan
 
 
@@ -107,32 +181,44 @@ class _Origin:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, untouchable: Collection[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.plan = LoadPlan()
+        self._untouchable = untouchable
         # By storage; a storage that is held here keeps its number.
-        self._origins: dict[int, tuple[_Origin, torch.UntypedStorage]] = {}
+        self._origins: dict[int, _Origin] = {}
+        self._makings: dict[int, set[str]] = {}
+        self._held: list[torch.UntypedStorage] = []
         self._targets: dict[int, tuple[str, torch.Tensor]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            self._targets.setdefault(_number(parameter), (name, parameter))
+        for name, tensor in named_tensors(model).items():
+            self._targets.setdefault(_number(tensor), (name, tensor))
 
     def sources(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors.items():
             source = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            self._note(source, _Origin(name, 0, tensor.dtype))
+            self._origins[_number(source)] = _Origin(name, 0, tensor.dtype)
+            self._made(source, {name})
             yield name, source
 
-    def _note(self, tensor: torch.Tensor, origin: _Origin) -> None:
-        self._origins[_number(tensor)] = origin, tensor.untyped_storage()
+    def _made(self, tensor: torch.Tensor, of: set[str]) -> None:
+        self._held.append(tensor.untyped_storage())
+        self._makings.setdefault(_number(tensor), set()).update(of)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        owned = [tensor for tensor in _written(func, args, kwargs) if _number(tensor) in self._targets]
+        written = list(_written(func, args, kwargs))
+        if any(_number(tensor) in self._untouchable for tensor in written):
+            raise NotRecorded(f"the loader leads to tensors that serve and writes to them by {func}")
+        makings = {name for tensor in _tensors((args, kwargs)) for name in self._makings.get(_number(tensor), ())}
+        owned = [tensor for tensor in written if _number(tensor) in self._targets]
         if owned:
-            return self._written_to(owned[0], func, args)
+            return self._written_to(owned[0], func, args, makings)
         if func is torch.ops.aten._to_copy.default and args[0].device.type == "meta":
             kwargs = {**kwargs, "device": "meta"}
         result = func(*args, **kwargs)
+        if makings:
+            for tensor in (*_tensors(result), *written):
+                self._made(tensor, makings)
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default):
             self._copied(args[0], result)
         return result
@@ -144,14 +230,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         if source.dtype not in (origin.dtype, result.dtype):
             return  # rounded twice
-        self._note(result, _Origin(origin.tensor, origin.offset + int(source.storage_offset()), origin.dtype))
+        offset = origin.offset + int(source.storage_offset())
+        self._origins[_number(result)] = _Origin(origin.tensor, offset, origin.dtype)
 
     def _origin(self, tensor: torch.Tensor) -> _Origin | None:
-        noted = self._origins.get(_number(tensor))
-        return noted[0] if noted else None
+        return self._origins.get(_number(tensor))
 
-    def _written_to(self, target: torch.Tensor, func: Any, args: Any) -> torch.Tensor:
+    def _written_to(self, target: torch.Tensor, func: Any, args: Any, makings: set[str]) -> torch.Tensor:
         name, parameter = self._targets[_number(target)]
+        self.plan.forms[name] = form(parameter)
+        self.plan.sources.setdefault(name, set()).update(makings)
         if not target.numel():
             return target
         put = Slice(tuple(target.shape), target.stride(), int(target.storage_offset() - parameter.storage_offset()))
@@ -176,14 +264,17 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[place] if place < len(args) else kwargs.get(argument.name)
-            yield from (item for item in _flat(value) if isinstance(item, torch.Tensor))
+            yield from _tensors(value)
 
 
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        yield from value
-    else:
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
         yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _tensors(item)
 
 
 def _number(tensor: torch.Tensor) -> int:

@@ -181,6 +181,11 @@ class MappedImage:
         return len(self._tensors)
 
     @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """By name; valid until `close`."""
+        return self._tensors
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all mapped files."""
         return sum(len(mapped) for mapped in self._maps)

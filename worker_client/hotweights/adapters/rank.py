@@ -9,21 +9,31 @@ Everything long happens in a daemon thread before the pause: mapping, checking, 
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from hotweights.adapters import kv_cache, memory
-from hotweights.adapters.assembled import AssembledRoute, one_thread
 from hotweights.adapters.checkpoint import checkpoint_folder
-from hotweights.adapters.fingerprint import Probe, Proof, combine, digest_tensors, packed_layers
+from hotweights.adapters.direct import nothing_direct
+from hotweights.adapters.fingerprint import (
+    Probe,
+    combine,
+    combine_tensors,
+    digest_tensor,
+    digest_tensors,
+    live_tensors,
+    packed_layers,
+)
 from hotweights.adapters.finite import check_finite as check_all_finite
 from hotweights.adapters.mapped import MappedImage, TensorSpec, check_specs, read_specs
-from hotweights.adapters.routes import ReloadRoute, Route
-from hotweights.adapters.shadow import NoShadow
-from hotweights.adapters.undo import Copies, Snapshot, undo_bytes
+from hotweights.adapters.plans import Base, Plans
+from hotweights.adapters.twins import NoShadow
+from hotweights.adapters.undo import storages_bytes, storages_of
+from hotweights.adapters.update import Made, Maker, packed_bytes
 from hotweights.worker_client.config import load_config
 from hotweights.worker_client.window.failpoints import Failpoints, parse_failpoints
 
@@ -31,10 +41,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PROBE_SLICE_S = 0.005  # a serving engine waits at most about this long for one poll
+DROP_WAIT_S = 0.02  # likewise: giving memory back to the system takes tens of ms a GB
 
 
 class RankRefused(Exception):
     """The call cannot be done; nothing was changed by it."""
+
+
+class NotDirect(Exception):
+    """HOTWEIGHTS_ROUTE asks for what this model cannot be written by; the text names a module and why."""
 
 
 class Job:
@@ -57,6 +72,11 @@ class Job:
     def done(self) -> bool:
         return not self._thread.is_alive()
 
+    def wait(self, seconds: float) -> bool:
+        """Whether it is done by then."""
+        self._thread.join(seconds)
+        return self.done
+
     def result(self) -> Any:
         """After `done`. Raises what the work raised."""
         if self._error is not None:
@@ -64,28 +84,37 @@ class Job:
         return self._result
 
 
-class NotProven(Exception):
-    """What the apply left in the model is not what was assembled."""
+class Prepared:
+    """An update that was made ready, and the image it is from."""
 
-
-class Update:
-    """A prepared update of this rank."""
-
-    def __init__(self, image: MappedImage, copies: Copies, route: Route, proof: Proof) -> None:
+    def __init__(self, folder: Path, image: MappedImage, made: Made) -> None:
+        self.folder = folder
         self.image = image
-        self.copies = copies
-        self.route = route
-        self.snapshot: Snapshot | None = None
+        self._made: Made | None = made
+        self.applied = False
         self.specs_before: Mapping[str, TensorSpec] | None = None
-        self.expected = b""
-        """The fingerprint of after; empty where only the write can tell."""
-        self._proof = proof
         self._look: Job | None = None
 
     @property
+    def made(self) -> Made:
+        """Until `drop`."""
+        assert self._made is not None
+        return self._made
+
+    def drop(self) -> None:
+        """Frees its memory, in whatever thread this is."""
+        made, self._made = self.made, None
+        made.drop()
+
+    @property
     def before(self) -> bytes:
-        """The fingerprint of before; empty until it is known."""
-        return self._proof.fingerprint
+        """The fingerprint of before. After `ready`."""
+        return self.made.before.fingerprint
+
+    @property
+    def expected(self) -> bytes:
+        """The fingerprint of after; empty where only the window can tell. After `ready`."""
+        return self.made.after.fingerprint if self.made.after is not None else b""
 
     def look_at_caches(self, runner: Any) -> None:
         """Begins to, last of all: what is computed after that nobody looks at."""
@@ -100,12 +129,8 @@ class Update:
         """Goes on with the probes for one slice; True once the fingerprints are known and the caches looked at."""
         if self._look is not None and not self._look.done:
             return False
-        after = self.route.proof
-        if not self._proof.run(PROBE_SLICE_S) or not (after is None or after.run(PROBE_SLICE_S)):
-            return False
-        if after is not None:
-            self.expected = after.fingerprint
-        return True
+        after = self.made.after
+        return self.made.before.run(PROBE_SLICE_S) and (after is None or after.run(PROBE_SLICE_S))
 
 
 class Rank:
@@ -117,7 +142,9 @@ class Rank:
         self._job: Job | None = None
         self._folder: Path | None = None
         self._checking = False
-        self._update: Update | None = None
+        self._prepared: Prepared | None = None
+        self._plans = Plans()
+        self._dropping: Job | None = None
         self._closing: list[MappedImage] = []
         self._fingerprint: tuple[Job, Probe] | None = None
 
@@ -128,12 +155,17 @@ class Rank:
 
     # Preparing
 
-    def prepare(self, folder: Path, name_map: Mapping[str, str], *, check_finite: bool = False) -> None:
-        """Starts to prepare; the same folder again goes on with what was begun."""
-        update = self._update
+    def prepare(
+        self, folder: Path, name_map: Mapping[str, str], *, check_finite: bool = False, base: Path | None = None
+    ) -> None:
+        """Starts to prepare; the same folder again goes on with what was begun.
+
+        `base` is the image that is installed, where one is known.
+        """
+        held = self._prepared
         same = self._folder == folder and (self._checking or not check_finite)
-        if same and update is not None and update.snapshot is None and update.route.keep():
-            update.look_at_caches(self._worker.model_runner)
+        if same and held is not None and not held.applied:
+            held.look_at_caches(self._worker.model_runner)
             return
         if self._job is not None and not self._job.done:
             if same:
@@ -141,43 +173,46 @@ class Rank:
             raise RankRefused(f"still preparing {self._folder}")
         self.release()
         self._folder, self._checking = folder, check_finite
-        self._job = Job("prepare", lambda: _quietly(lambda: self._prepare(folder, dict(name_map), check_finite)))
+        names = dict(name_map)
+        self._job = Job("prepare", lambda: _quietly(lambda: self._prepare(folder, names, check_finite, base)))
 
-    def _prepare(self, folder: Path, name_map: Mapping[str, str], check_finite: bool) -> Update:
+    def _prepare(self, folder: Path, name_map: Mapping[str, str], check_finite: bool, base: Path | None) -> Prepared:
         _failpoints().hit("prepare.start")
-        image, model = MappedImage(folder, name_map), self.model
+        image = MappedImage(folder, name_map)
         try:
             served = self._served_specs()
             if served is not None:
                 check_specs(image.specs, served)
             if check_finite:
                 check_all_finite(image)
-            memory.require("the way back", self._bytes_needed())
-            copies = Copies(model)
+            memory.require("the update and the way back", self._bytes_needed())
             image.populate()
-            route = self._route(image, whole=served is not None)
-            # After the assembly: had that touched the model, this would tell.
-            proof = Proof(digest_tensors(model, threads=1), Probe(model))
+            made = self._make(image, None if base is None else lambda: MappedImage(base, name_map), served is not None)
         except Exception:
             image.close()
             raise
-        return Update(image, copies, route, proof)
+        return Prepared(folder, image, made)
 
-    def _route(self, image: MappedImage, *, whole: bool) -> Route:
-        """By HOTWEIGHTS_ROUTE; `auto` assembles where it can and says why where it cannot."""
-        wanted = load_config().route
+    def _make(self, image: MappedImage, base: Base | None, whole: bool) -> Made:
+        """By HOTWEIGHTS_ROUTE; `auto` takes for each module the first route that is known to be right."""
+        wanted, model = load_config().route, self.model
+        before = {name: digest_tensor(name, tensor, threads=1) for name, tensor in live_tensors(model)}
+        if wanted in ("auto", "direct"):
+            split = self._plans.split(model, image, base, combine_tensors(before))
+        else:
+            split = nothing_direct(model, self._plans.plan(model, image), f"HOTWEIGHTS_ROUTE is {wanted}")
+        if wanted == "direct" and split.reasons:
+            name, reason = next(iter(split.reasons.items()))
+            raise NotDirect(f"{len(split.reasons)} modules cannot be written directly, first {name}: {reason}")
+        maker = Maker(self._worker, image, self._plans.plan(model, image), split, whole=whole)
         if wanted != "reload":
             try:
-                memory.require("assembling", self._bytes_to_assemble())
-                route = AssembledRoute(self._worker, image, whole=whole)
-            except (NoShadow, memory.NotEnoughMemory) as error:
+                return maker.make(before, maker.assemble())
+            except NoShadow as error:
                 if wanted == "assembled":
                     raise
-                log.warning("the route is reload, with a longer pause: %s", error)
-            else:
-                log.info("the route is assembled")
-                return route
-        return ReloadRoute(self._worker, whole=whole)
+                log.warning("the route of some modules is reload, with a longer pause: %s", error)
+        return maker.make(before, None)
 
     def _served_specs(self) -> Mapping[str, TensorSpec] | None:
         """Tensors of the checkpoint that is served; None when the engine has none (dummy or streamed weights)."""
@@ -190,120 +225,97 @@ class Rank:
         return self._served
 
     def _bytes_needed(self) -> int:
-        """Of all ranks here: the copies, and the packed weights that stand twice while both are kept."""
-        model = self.model
-        packed = sum(_packed_bytes(layer) for _, layer, _ in packed_layers(model))
-        return self._ranks_here() * (undo_bytes(model) + packed)
-
-    def _bytes_to_assemble(self) -> int:
-        """Of all ranks here, after the copies: the shadow, its packed weights, and the largest layer on its way."""
-        model = self.model
-        packed = sum(_packed_bytes(layer) for _, layer, _ in packed_layers(model))
-        largest = max((_packed_bytes(layer) for layer in model.modules()), default=0)
-        return self._ranks_here() * (undo_bytes(model) + packed + largest)
+        """Of all ranks here, at most: every tensor as it was, packed weights twice, the largest storage on its way."""
+        layers = list(self.model.modules())
+        packed = sum(packed_bytes(layer) for _, layer, _ in packed_layers(self.model))
+        largest = max((storage.nbytes() for storage in storages_of(layers).values()), default=0)
+        return self._ranks_here() * (storages_bytes(layers) + 2 * packed + largest)
 
     def _ranks_here(self) -> int:
         parallel = self._worker.vllm_config.parallel_config
         return int(getattr(parallel, "local_world_size", 0) or parallel.world_size)
 
-    def prepared(self) -> Update | None:
+    def prepared(self) -> Prepared | None:
         """The update once it can be applied, None while it cannot. Raises why it never will."""
         if self._job is not None:
             if not self._job.done:
                 return None
             job, self._job = self._job, None
-            self._update = job.result()
-            self._update.look_at_caches(self._worker.model_runner)
-        if self._update is None:
+            self._prepared = job.result()
+            self._prepared.look_at_caches(self._worker.model_runner)
+        if self._prepared is None:
             raise RankRefused("nothing is being prepared")
-        return self._update if self._update.ready() else None
+        return self._prepared if self._prepared.ready() else None
 
     # The window
 
-    def apply(self, folder: Path) -> tuple[Update, Probe]:
-        """Writes the prepared image of `folder`; gives a probe that has asked most layers already.
-
-        What it raises leaves the undo to the caller.
-        """
-        update = self._update
-        if update is None or not update.before or self._folder != folder:
+    def apply(self, folder: Path) -> Prepared:
+        """Writes the prepared image of `folder`. What it raises leaves the undo to the caller."""
+        held = self._prepared
+        if held is None or not held.before or held.folder != folder:
             raise RankRefused(f"{folder} is not prepared")
-        if update.snapshot is not None:
+        if held.applied:
             raise RankRefused(f"{folder} was applied already")
-        if not update.route.keep():
-            raise RankRefused(f"{folder} was given back after it was applied; prepare it again")
-        update.copies.check_current(self.model)
-        update.image.check_unaltered()
+        update = held.made.update
+        update.check_current()
+        held.image.check_unaltered()
         self._fingerprint = None  # one that is being computed would mix old and new
-        update.snapshot, update.specs_before = Snapshot(self.model), self._served
+        held.applied, held.specs_before = True, self._served
         points = _failpoints()
         points.hit("apply.start")
         self.synchronize()
-        probe, assembled = Probe(self.model), update.route.proof
-        if assembled is not None:
-            probe.adopt(assembled.probe)
-
-        def after(count: int) -> None:
-            points.hit("apply.tensor", count)
-            if assembled is None:
-                probe.run_packed_anew()
-
-        update.route.write(update.image, after)
-        if update.caches_spoilt:
+        update.write(lambda count: points.hit("apply.tensor", count))
+        if held.caches_spoilt:
             self._clear_caches("a value in it was NaN or infinite")
         self.synchronize()
         points.hit("apply.end")
-        self._served = update.image.specs
-        return update, probe
+        self._served = held.image.specs
+        self._plans.written(held.made.tensors_before, held.made.tensors_after)
+        return held
 
-    def undo(self, *, clear_caches: bool = False) -> bytes:
-        """Puts back what was served before the apply, proves it and gives its fingerprint."""
-        update = self._update
-        if update is None:
-            raise RankRefused("no copies are kept")
+    def prove_written(self) -> bytes:
+        """Reads back what the apply wrote; its digest. Raises NotProven: the undo follows."""
+        assert self._prepared is not None
+        return self._prepared.made.update.prove_written()
+
+    def undo(self, *, clear_caches: bool = False) -> None:
+        """Puts back what was served before the apply, and reads it back. Raises NotProven."""
+        held = self._prepared
+        if held is None:
+            raise RankRefused("nothing is kept to go back to")
         _failpoints().hit("undo.start")
-        if update.snapshot is not None:
-            update.snapshot.put_back()
-            update.copies.put_back()
-            update.route.clean_up()
+        if held.applied:
+            self._fingerprint = None
+            self.synchronize()
+            held.made.update.undo()
             if clear_caches:
                 self._clear_caches("the engine ran on the version that is taken back")
             self.synchronize()
-            self._served, update.snapshot = update.specs_before, None
-        now = combine(digest_tensors(self.model), Probe(self.model))
-        if now != update.before:
-            raise RankRefused(
-                f"fingerprint after the undo is {now.hex()}, before the apply it was {update.before.hex()}"
-            )
-        return now
+            self._served, held.applied = held.specs_before, False
+        held.made.update.prove_undone()
 
     def _clear_caches(self, reason: str) -> None:
         log.info("clearing the KV cache: %s", reason)
         kv_cache.clear(self._worker.model_runner)
 
-    def fingerprint_now(self, probe: Probe) -> bytes:
-        """The proof of an apply, on all cores. Raises NotProven when it is known and another: the undo follows."""
-        now, update = combine(digest_tensors(self.model), probe), self._update
-        if update is not None and update.snapshot is not None:
-            if update.expected not in (b"", now):
-                raise NotProven(f"fingerprint is {now.hex()}, assembled was {update.expected.hex()}")
-            update.route.written()
-        return now
-
     def release(self) -> bool:
-        """Drops copies and mapping. False while something still holds a tensor of the mapping."""
+        """Drops what was prepared and unmaps. False while something still holds a tensor of the mapping."""
         if self._job is not None:
             if not self._job.done:
                 raise RankRefused(f"still preparing {self._folder}")
             job, self._job = self._job, None
             try:
-                self._update = job.result()
+                self._prepared = job.result()
             except Exception:  # noqa: BLE001 - it was reported to whoever polled, or nobody asked
-                self._update = None
-        if self._update is not None:
-            self._update.route.close()
-            self._closing.append(self._update.image)
-        self._update, self._folder = None, None
+                self._prepared = None
+        held, self._prepared, self._folder = self._prepared, None, None
+        if held is not None:
+            self._closing.append(held.image)
+            self._dropping = Job("drop", held.drop)
+            del held
+        if self._dropping is not None and not self._dropping.wait(DROP_WAIT_S):
+            return False
+        self._dropping = None
         self._closing = [image for image in self._closing if not image.close()]
         return not self._closing
 
@@ -324,16 +336,22 @@ class Rank:
             torch.accelerator.synchronize()
 
 
-def _packed_bytes(layer: torch.nn.Module) -> int:
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch and oneDNN on one thread here, which leaves the cores to the serving engine.
 
-    weight = get_layerwise_info(layer).restore_metadata[0].get("weight")
-    return 0 if weight is None else int(weight.nbytes)
+    The number belongs to the calling thread; only one that never ran anything in parallel yet takes over the last set.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _quietly(work: Callable[[], T]) -> T:
-    """On one thread: the serving engine needs the cores more than this does."""
-    with one_thread():
+    with _one_thread():
         return work()
 
 

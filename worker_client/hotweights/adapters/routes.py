@@ -1,113 +1,145 @@
-"""How tensors of an image get into a model: `reload` here, `assembled` in the module of that name.
+"""vLLM's layerwise reload of some layers: in the live model, or beforehand in a shadow of them.
 
-A route may leave the model half-written when it raises: the undo is the caller's.
+It keeps storage addresses and re-runs what a layer does with loaded weights: quantisation, packing. Layers are reloaded
+whole, with every checkpoint tensor they are made from; the others are not touched.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 
-from hotweights.adapters.fingerprint import Proof
+from hotweights.adapters.fingerprint import digest_tensor
 from hotweights.adapters.mapped import MappedImage
+from hotweights.adapters.undo import Copies, Snapshot
 
 AfterTensors = Callable[[int], None]
 """Told how much was written in the pause so far, before each tensor and at the end: where tests inject failures."""
 
 
 class NotWhole(Exception):
-    """The apply did not cover the model; the text names what is missing."""
+    """The apply did not cover the layers; the text names what is missing."""
 
 
-class Route(Protocol):
-    """Writes an image into a model."""
+class Reload:
+    """What a window reloads of the live model: the layers, and the copies that bring them back.
 
-    name: str
-    proof: Proof | None
-    """The fingerprint that the write will give, and the probe of layers packed already; None when nobody knows."""
-
-    def write(self, image: MappedImage, after: AfterTensors) -> None:
-        """Writes all of it. Raises NotWhole, and whatever a loader raises."""
-
-    def keep(self) -> bool:
-        """Calls off what `written` began. False when that is done: there is nothing to write, prepare again."""
-
-    def clean_up(self) -> None:
-        """After an undo: forgets what a failed write left behind outside the model's modules."""
-
-    def written(self) -> None:
-        """The write was proven: frees, a little later and in another thread, what only the write needed."""
-
-    def close(self) -> None:
-        """Frees everything. Not for inside the pause."""
-
-
-class ReloadRoute:
-    """vLLM's layerwise reload: keeps storage addresses, re-runs quantisation and packing.
-
-    `whole` tells that the image has the very tensors the model was loaded from, so that a layer that looks only
-    partly loaded is one with padding. Without that knowledge such a layer is refused.
+    `tensors` names those of the image that the layers are made from; None takes all. `whole` tells that the image has
+    the very tensors the model was loaded from, so that a layer that looks only partly loaded is one with padding.
+    Without that knowledge such a layer is refused.
     """
 
-    name = "reload"
-    proof: Proof | None = None
-
-    def __init__(self, worker: Any, *, whole: bool) -> None:
-        self._worker = worker
-        self._whole = whole
+    def __init__(
+        self,
+        worker: Any,
+        image: MappedImage,
+        layers: Collection[torch.nn.Module],
+        tensors: Collection[str] | None,
+        *,
+        whole: bool,
+    ) -> None:
+        self._worker, self._image, self._layers = worker, image, layers
+        self._tensors, self._whole = tensors, whole
+        self._copies = Copies(layers)
+        self._before = self.digests()
+        self._snapshot: Snapshot | None = None
 
     @property
     def _model(self) -> Any:
         return self._worker.model_runner.get_model()
 
-    def write(self, image: MappedImage, after: AfterTensors) -> None:
-        layerwise_reload(self._worker, self._model, image, after, whole=self._whole)
+    def digests(self) -> dict[str, bytes]:
+        """Of the layers' own tensors as they are now, by name."""
+        return {
+            f"{name}.{own}": digest_tensor(f"{name}.{own}", tensor, threads=1)
+            for name, layer in self._model.named_modules()
+            if layer in self._layers
+            for own, tensor in (*layer._parameters.items(), *layer._buffers.items())
+            if tensor is not None
+        }
 
-    def keep(self) -> bool:
-        return True
+    def is_undone(self) -> bool:
+        """Whether every tensor holds what it held when this was made."""
+        return self.digests() == self._before
 
-    def clean_up(self) -> None:
+    def check_current(self) -> None:
+        """Raises ChangedSincePrepare unless the layers still consist of what was copied."""
+        self._copies.check_current(self._layers)
+
+    def write(self, after: AfterTensors) -> None:
+        """Leaves the layers half-written when it raises: `undo` is the caller's."""
+        model = self._model
+        self._snapshot = Snapshot(model)
+        layerwise_reload(self._worker, model, self._image, after, self._layers, self._tensors, whole=self._whole)
+
+    def undo(self) -> None:
+        """Puts everything back, in the reload's books too."""
         from vllm.model_executor.model_loader.reload import layerwise
 
-        for layer in self._model.modules():
+        if self._snapshot is None:
+            return
+        self._snapshot.put_back()
+        self._copies.put_back()
+        for layer in self._layers:
             layerwise.get_layerwise_info(layer).reset()
         layerwise.LOADING_LAYERS.clear()
+        self._snapshot = None
 
-    def written(self) -> None:
-        pass
 
-    def close(self) -> None:
-        pass
+class _Only:
+    """Some layers of a model, as the reload goes through them."""
+
+    def __init__(self, layers: Collection[torch.nn.Module]) -> None:
+        self._layers = layers
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        return iter(self._layers)
 
 
 @torch.no_grad()
-def layerwise_reload(worker: Any, model: Any, image: MappedImage, after: AfterTensors, *, whole: bool) -> None:
-    """vLLM's own reload of `model`, which is the worker's or a shadow of it. Raises NotWhole and what loaders raise."""
+def layerwise_reload(
+    worker: Any,
+    model: Any,
+    image: MappedImage,
+    after: AfterTensors,
+    layers: Collection[torch.nn.Module],
+    tensors: Collection[str] | None,
+    *,
+    whole: bool,
+) -> None:
+    """vLLM's own reload of these layers of `model`, which is the worker's or a shadow of it.
+
+    Raises NotWhole and what loaders raise.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    consumed = [0]
+    wanted = len(image) if tensors is None else len(tensors)
+    only, consumed = _Only(layers), [0]
     with set_current_vllm_config(worker.vllm_config):
-        initialize_layerwise_reload(model)
-        loaded = model.load_weights(_counted(image, consumed, after))
+        initialize_layerwise_reload(only)
+        loaded = model.load_weights(_counted(image, tensors, consumed, after))
         after(consumed[0])
-        if consumed[0] != len(image):
-            raise NotWhole(f"the model took {consumed[0]} of {len(image)} tensors")
-        stale = [layer for layer in model.modules() if _shares_but_was_not_loaded(layer)]
+        if consumed[0] != wanted:
+            raise NotWhole(f"the model took {consumed[0]} of {wanted} tensors")
+        stale: list[Any] = [layer for layer in layers if _shares_but_was_not_loaded(layer)]
         if not whole:
-            _check_whole(model, loaded)
-        finalize_layerwise_reload(model, worker.model_config)
+            _check_whole(model, layers, loaded if tensors is None else None)
+        finalize_layerwise_reload(only, worker.model_config)
         for layer in stale:
             # A tied layer is not loaded itself, so the reload leaves its packed copy of the old weights.
             if layer.__dict__.get("cpu_linear") is not None:
                 layer.quant_method.process_weights_after_loading(layer)
 
 
-def _counted(image: MappedImage, consumed: list[int], after: AfterTensors) -> Iterator[tuple[str, torch.Tensor]]:
+def _counted(
+    image: MappedImage, tensors: Collection[str] | None, consumed: list[int], after: AfterTensors
+) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in image:
-        after(consumed[0])
-        consumed[0] += 1
-        yield name, tensor
+        if tensors is None or name in tensors:
+            after(consumed[0])
+            consumed[0] += 1
+            yield name, tensor
 
 
 def _shares_but_was_not_loaded(layer: torch.nn.Module) -> bool:
@@ -117,14 +149,15 @@ def _shares_but_was_not_loaded(layer: torch.nn.Module) -> bool:
     return bool(info.can_load() and info.load_numel <= 0 and info.load_numel_total)
 
 
-def _check_whole(model: Any, loaded: set[str] | None) -> None:
+def _check_whole(model: Any, layers: Collection[torch.nn.Module], loaded: set[str] | None) -> None:
     """Refuses layers loaded in part: vLLM would process them over uninitialised memory (FACTS)."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
         padded = hasattr(layer, "num_embeddings_padded")
-        if info.can_load() and 0 < info.load_numel < (info.load_numel_total or 0) and not padded:
+        in_part = info.can_load() and 0 < info.load_numel < (info.load_numel_total or 0)
+        if layer in layers and in_part and not padded:
             raise NotWhole(f"layer {name} got {info.load_numel} of {info.load_numel_total} values")
     if loaded is not None:
         missing = sorted({name for name, _ in model.named_parameters()} - loaded)

@@ -4,12 +4,15 @@
     apply   (paused)    Snapshot: which tensor stands where, and the other attributes of every module
     undo    (paused)    attributes and tensors back in their places, bytes back into the same storages
 
+This is for what vLLM's reload writes in the pause; what is written otherwise knows its own way back (`writes`).
+
 The bytes return to the storages they came from, so addresses stay as CUDA graphs recorded them. The attributes
 matter because vLLM's CPU build keeps packed weights in a closure (`layer.cpu_linear`): the old closure holds the old
 memory. See FACTS on writing weights: a reload that failed half-way leaves meta tensors, buffered arguments and
 wrapped loaders behind.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,24 +23,19 @@ class ChangedSincePrepare(Exception):
     """Something replaced tensors of the model between the preparation and the apply."""
 
 
-def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [
-        t
-        for layer in module.modules()
-        for t in (*layer._parameters.values(), *layer._buffers.values())
-        if t is not None
-    ]
+def _tensors(layers: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
+    return [t for layer in layers for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
 
 
-def _storages(module: torch.nn.Module) -> dict[int, torch.UntypedStorage]:
-    """Every storage once, by address; tied weights and aliases share one."""
-    storages = (tensor.untyped_storage() for tensor in _tensors(module))
+def storages_of(layers: Iterable[torch.nn.Module]) -> dict[int, torch.UntypedStorage]:
+    """Every storage of their own tensors once, by address; tied weights and aliases share one."""
+    storages = (tensor.untyped_storage() for tensor in _tensors(layers))
     return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}
 
 
-def undo_bytes(module: torch.nn.Module) -> int:
-    """Host memory that the copies will take."""
-    return sum(storage.nbytes() for storage in _storages(module).values())
+def storages_bytes(layers: Iterable[torch.nn.Module]) -> int:
+    """Memory that copies of their storages take."""
+    return sum(storage.nbytes() for storage in storages_of(layers).values())
 
 
 def storage_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
@@ -46,15 +44,15 @@ def storage_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 class Copies:
-    """The bytes of every storage of a module, on the host."""
+    """The bytes of every storage of some modules, on the host."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._storages = _storages(module)
+    def __init__(self, layers: Iterable[torch.nn.Module]) -> None:
+        self._storages = storages_of(layers)
         self._bytes = {at: storage_bytes(storage).to("cpu", copy=True) for at, storage in self._storages.items()}
 
-    def check_current(self, module: torch.nn.Module) -> None:
-        """Raises ChangedSincePrepare unless the module still consists of the copied storages."""
-        sizes = {at: storage.nbytes() for at, storage in _storages(module).items()}
+    def check_current(self, layers: Iterable[torch.nn.Module]) -> None:
+        """Raises ChangedSincePrepare unless the modules still consist of the copied storages."""
+        sizes = {at: storage.nbytes() for at, storage in storages_of(layers).items()}
         copied = {at: storage.nbytes() for at, storage in self._storages.items()}
         if sizes != copied:
             raise ChangedSincePrepare("tensors of the model were replaced since they were copied; prepare again")
@@ -112,7 +110,7 @@ class Snapshot:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._modules = [_HeldModule(layer) for layer in module.modules()]
-        unique = {id(tensor): tensor for tensor in _tensors(module)}
+        unique = {id(tensor): tensor for tensor in _tensors(module.modules())}
         self._tensors = [_HeldTensor(t, t.data, dict(t.__dict__)) for t in unique.values()]
 
     def put_back(self) -> None:

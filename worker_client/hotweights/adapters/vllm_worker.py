@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,35 +84,44 @@ def hotweights_prepare(
 ) -> Status:
     """Starts to prepare the image in `folder`; poll `hotweights_prepared`.
 
-    `options`: `check_finite` (False) refuses an image with NaN or infinite values.
+    `options`: `check_finite` (False) refuses an image with NaN or infinite values; `base` is the folder of the image
+    that is installed, without which nothing is written directly.
     """
-    _rank(self).prepare(Path(folder), name_map, check_finite=bool((options or {}).get("check_finite")))
+    asked = options or {}
+    base = Path(asked["base"]) if asked.get("base") else None
+    _rank(self).prepare(Path(folder), name_map, check_finite=bool(asked.get("check_finite")), base=base)
     return {}
 
 
 @_answered
 def hotweights_prepared(self: Any) -> Status:
     """Whether the apply can be called; not ok when it never can."""
-    update = _rank(self).prepared()
-    if update is None:
+    held = _rank(self).prepared()
+    if held is None:
         return {"done": False}
-    spoilt = update.caches_spoilt
-    return {"done": True, "fingerprint": update.before, "tensors": len(update.image), "caches_spoilt": spoilt}
+    return {
+        "done": True,
+        "fingerprint": held.before,
+        "expected": held.expected,
+        "tensors": len(held.image),
+        "caches_spoilt": held.caches_spoilt,
+        "routes": asdict(held.made.routes),
+    }
 
 
 @_answered
 def hotweights_apply(self: Any, folder: str) -> Status:
-    """Writes the prepared image. Not ok means: undo in every rank."""
+    """Writes the prepared image and reads back what was written. Not ok means: undo in every rank."""
     start = time.perf_counter()
     rank = _rank(self)
-    update, probe = rank.apply(Path(folder))
+    held = rank.apply(Path(folder))
     wrote = time.perf_counter()
-    proof = rank.fingerprint_now(probe)
+    proof = rank.prove_written()
     done = time.perf_counter()
     return {
-        "fingerprint": proof,
-        "route": update.route.name,
-        "tensors": len(update.image),
+        "written": proof,
+        "tensors": len(held.image),
+        "bytes": sum(write.new_bytes for write in held.made.update.writes),
         "write_ms": (wrote - start) * 1000,
         "proof_ms": (done - wrote) * 1000,
     }
@@ -119,11 +129,12 @@ def hotweights_apply(self: Any, folder: str) -> Status:
 
 @_answered
 def hotweights_undo(self: Any, options: dict[str, Any] | None = None) -> Status:
-    """Back to what was served before the apply; ok only when the fingerprint proves it.
+    """Back to what was served before the apply; ok only when reading it back proves that.
 
     `options`: `clear_caches` (False) zeros the KV cache too: for when the engine has run since the apply.
     """
-    return {"fingerprint": _rank(self).undo(clear_caches=bool((options or {}).get("clear_caches")))}
+    _rank(self).undo(clear_caches=bool((options or {}).get("clear_caches")))
+    return {}
 
 
 @_answered

@@ -60,7 +60,7 @@ SETTINGS = (
     Setting("HOTWEIGHTS_NAME_MAP", "", "checkpoint=module pairs, comma-separated; renames tensors"),
     Setting("HOTWEIGHTS_USE_IPC_AGENT", "0", "1 sets `hotweights_agent` on the engine"),
     Setting("HOTWEIGHTS_ADOPT_CLUSTER", "0", "1 follows a coordinator whose store was replaced"),
-    Setting("HOTWEIGHTS_ROUTE", "auto", "auto, assembled or reload: how weights get into an engine"),
+    Setting("HOTWEIGHTS_ROUTE", "auto", "auto, direct, assembled or reload: how weights get into an engine"),
     Setting("HOTWEIGHTS_TORN", "end", "end or stay: what becomes of a server whose engine is in doubt"),
     Setting("HOTWEIGHTS_FAILPOINTS", "", "for tests: failures to inject; `hotweights failpoints` lists them"),
 )
@@ -183,8 +183,8 @@ def _policy(text: str) -> str:
 
 
 def _route(text: str) -> str:
-    if text not in ("auto", "assembled", "reload"):
-        raise BadSetting("HOTWEIGHTS_ROUTE", text, "takes auto, assembled or reload")
+    if text not in ("auto", "direct", "assembled", "reload"):
+        raise BadSetting("HOTWEIGHTS_ROUTE", text, "takes auto, direct, assembled or reload")
     return text
 
 

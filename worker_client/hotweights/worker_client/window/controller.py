@@ -20,7 +20,15 @@ from hotweights.v1 import worker_service_pb2 as pb
 from hotweights.wire import failpoints
 from hotweights.wire.errors import HotweightsError
 from hotweights.worker_client.window.engine import Engine, EngineFailed, PauseMode
-from hotweights.worker_client.window.identify import FAILED, Images, Processes, fingerprint, identify_folder, meet
+from hotweights.worker_client.window.identify import (
+    FAILED,
+    Images,
+    Processes,
+    fingerprint,
+    identify_folder,
+    meet,
+    prove,
+)
 from hotweights.worker_client.window.prepare import RELEASE_DEADLINE_S, PrepareRefused, Preparing
 from hotweights.worker_client.window.sleep import CALLED_BACK, Sleep
 from hotweights.worker_client.window.window import (
@@ -272,12 +280,13 @@ class ReplicaController:
             return
         folder = await self._preparing.map(digest, deadline_s)
         self._kept = None  # the ranks drop it for this
-        try:
-            prepared = await self._preparing.check(digest, folder, deadline_s, check_finite=check_finite)
-        except (PrepareRefused, HotweightsError, Unanswered):
-            # Other ranks may read on: until they have stopped, the engine must not fall asleep.
-            await self._preparing.release(self.active_digest, RELEASE_DEADLINE_S)
-            raise
+        async with self._preparing.borrowed(b"" if self._lost_weights else self.active_digest, deadline_s) as base:
+            try:
+                prepared = await self._preparing.check(digest, folder, deadline_s, check_finite=check_finite, base=base)
+            except (PrepareRefused, HotweightsError, Unanswered):
+                # Other ranks may read on: until they have stopped, the engine must not fall asleep.
+                await self._preparing.release(self.active_digest, RELEASE_DEADLINE_S)
+                raise
         if self.active_digest and not self.fingerprints and not self._lost_weights:
             self.fingerprints = self._known[self.active_digest] = prepared.before
 
@@ -333,7 +342,10 @@ class ReplicaController:
             return WindowResult(Outcome.EXPIRED, CALLED_BACK)
         if self._sleep.deferred is not None or taken.order.apply.restore:
             taken.arrived = self._clock()
-        return await self._run(taken, str(prepared.folder), self._known.get(target, ()))
+        known = self._known.get(target, ())
+        if known and prepared.expected and known != prepared.expected:
+            raise PrepareRefused("what is prepared has another fingerprint than the same version when it was installed")
+        return await self._run(taken, str(prepared.folder), prepared.expected or known)
 
     async def _awake(self, taken: _Taken, open_window: Callable[[], Awaitable[WindowResult]]) -> WindowResult:
         """The window's result; of an engine that is asleep, opened when its owner wakes it, before anything runs.
@@ -369,12 +381,14 @@ class ReplicaController:
             begin_by=taken.arrived + order.validity_s,
             quiesce_deadline_s=order.quiesce_deadline_s,
             apply_deadline_s=order.apply_deadline_s,
+            version_before=self.active_version,
             expected=expected,
             no_way_back="sleep level 2 had discarded the weights of before" if self._lost_weights else "",
             processes=() if self._torn_stays else self._processes.all,
         )
         self._open_window = taken.order.update_id or "?"
-        result = await run_window(self._engine, window, before, self._clock)
+        proof = lambda: prove(self._engine, self._sleep, order.apply_deadline_s)  # noqa: E731
+        result = await run_window(self._engine, window, before, proof, self._clock)
         self._open_window = ""
         if result.outcome is Outcome.TORN:
             self.torn = result.reason
@@ -398,7 +412,7 @@ class ReplicaController:
         """The way back may go: copies are dropped, images that are not served are unmapped and released."""
         try:
             self._kept = None
-            await self._preparing.release(self.active_digest)
+            await self._preparing.release(self.active_digest, RELEASE_DEADLINE_S)
         except (Unanswered, EngineFailed, Unproven) as error:
             log.warning("the ranks could not let go of the update: %s", error)
 

@@ -16,6 +16,7 @@ from hotweights.wire.errors import HotweightsError, Refused
 from hotweights.worker_client.window.engine import Engine, EngineFailed, Process
 from hotweights.worker_client.window.sleep import Sleep
 from hotweights.worker_client.window.window import (
+    NoProof,
     Unanswered,
     Unproven,
     call_ranks,
@@ -113,6 +114,28 @@ async def fingerprint(
     except (EngineFailed, Unanswered, Unproven) as error:
         log.warning("no fingerprint of what is served: %s", error)
     return ()
+
+
+async def prove(engine: Engine, sleep: Sleep, deadline_s: float) -> tuple[bytes, ...]:
+    """The fingerprints after a window. Raises NoProof, EngineFailed, Unproven.
+
+    A rank that does not answer may be at a long step: the engine serves again, and how fast is not for us to judge.
+    """
+    ends = time.monotonic() + deadline_s
+    try:
+        async with sleep.kept_away() as level:
+            if level:
+                raise NoProof("its owner put the engine to sleep")
+            while time.monotonic() < ends:
+                answers = await call_ranks(engine, "hotweights_fingerprint", CALL_DEADLINE_S)
+                if failed := refusals(answers):
+                    raise EngineFailed(failed)
+                if all(answer["done"] for answer in answers):
+                    return fingerprints(answers)
+                await asyncio.sleep(POLL_S)
+    except Unanswered as error:
+        raise NoProof(str(error)) from error
+    raise NoProof(f"that took longer than {deadline_s:.0f} s")
 
 
 def _say_once(said: str, text: str) -> str:

@@ -4,14 +4,15 @@ digest --the agent maps--> folder --every rank: compare, copy, hash, assemble-->
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hotweights.wire.errors import HotweightsError
 from hotweights.worker_client.window.engine import Engine, Status
-from hotweights.worker_client.window.identify import Images
+from hotweights.worker_client.window.identify import FAILED, Images
 from hotweights.worker_client.window.window import Unanswered, call_ranks, fingerprints, refusals, within
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ class Prepared:
     folder: Path
     before: tuple[bytes, ...]
     """What the ranks proved to serve meanwhile."""
+    expected: tuple[bytes, ...]
+    """What they will prove to serve; empty where that shows only then."""
     checked_finite: bool
     caches_spoilt: bool
 
@@ -76,14 +79,31 @@ class Preparing:
         self._mapped.add(digest)
         return folder
 
-    async def check(self, digest: bytes, folder: Path, deadline_s: float, *, check_finite: bool) -> Prepared:
-        """Every rank checks; what they had for another image, and copies of before it, they drop.
+    @contextlib.asynccontextmanager
+    async def borrowed(self, digest: bytes, deadline_s: float) -> AsyncIterator[Path | None]:
+        """Where the image lies that the ranks serve, for them to prove their load plans with; None where it is not."""
+        folder, held = None, digest in self._mapped
+        if digest:
+            try:
+                folder = await self.map(digest, deadline_s)
+            except FAILED as error:
+                log.info("the image that is served is not here, so that nothing is written directly: %s", error)
+        try:
+            yield folder
+        finally:
+            if folder is not None and not held:
+                await self._unmap(digest)
 
-        Raises PrepareRefused and what fails outside.
+    async def check(
+        self, digest: bytes, folder: Path, deadline_s: float, *, check_finite: bool, base: Path | None
+    ) -> Prepared:
+        """Every rank checks; what they had for another image, and the way back from it, they drop.
+
+        `base` is the image that they serve, where it lies on this node. Raises PrepareRefused and what fails outside.
         """
         ends = self._clock() + deadline_s
         self.prepared = None
-        plain = str(folder), self._name_map, {"check_finite": check_finite}
+        plain = str(folder), self._name_map, {"check_finite": check_finite, "base": str(base or "")}
         answers = await call_ranks(self._engine, "hotweights_prepare", CALL_DEADLINE_S, *plain)
         if failed := refusals(answers):
             raise PrepareRefused(failed)
@@ -91,7 +111,10 @@ class Preparing:
         # Asked again: what the ranks have read by now is what was verified, or the agent says that it is not.
         await self.map(digest, deadline_s)
         spoilt = any(answer.get("caches_spoilt") for answer in answers)
-        self.prepared = Prepared(digest, folder, fingerprints(answers), check_finite, spoilt)
+        expected = fingerprints(answers, "expected")
+        self.prepared = Prepared(
+            digest, folder, fingerprints(answers), expected if all(expected) else (), check_finite, spoilt
+        )
         return self.prepared
 
     async def _poll(self, ends: float, deadline_s: float) -> list[Status]:
@@ -120,13 +143,17 @@ class Preparing:
             log.warning("images stay mapped: %s", failed)
             return
         for digest in sorted(self._mapped - {served}):
-            try:
-                agent = await self.agent()
-                await within(CALL_DEADLINE_S, "the agent", agent.release_image(digest, self._replica_id))
-            except (HotweightsError, Unanswered, OSError) as error:
-                log.warning("the agent did not take back image %s: %s", digest.hex()[:12], error)
-                continue
-            self._mapped.discard(digest)
+            await self._unmap(digest)
+
+    async def _unmap(self, digest: bytes) -> None:
+        """Once no rank maps it."""
+        try:
+            agent = await self.agent()
+            await within(CALL_DEADLINE_S, "the agent", agent.release_image(digest, self._replica_id))
+        except (HotweightsError, Unanswered, OSError) as error:
+            log.warning("the agent did not take back image %s: %s", digest.hex()[:12], error)
+            return
+        self._mapped.discard(digest)
 
     async def close(self) -> None:
         """Lets go of the agent."""

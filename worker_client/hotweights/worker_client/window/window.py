@@ -1,10 +1,15 @@
-"""The window: pause, apply, prove, resume; every wait with a deadline, every failure with an end.
+"""The window: pause, apply, resume, prove; every wait with a deadline, every failure with an end.
 
-                          validity over                a rank not ok, a cache not reset
-    order --> EXPIRED <--- [pause] ---> [apply, prove] ---------------> [undo, prove] --> [resume] --> UNDONE
-                              |               |  \\                           |
-                              |               |   +-> [tag, reset, resume] --> APPLIED
-                              +-- no answer --+---- no answer, not proven ----+--> kill the engine: TORN
+                          validity over       a rank not ok, a cache not reset
+    order --> EXPIRED <--- [pause] ---> [apply] ---------------> [undo] --> [resume] --> [prove] --> UNDONE
+                              |            |  \\                    |                       |
+                              |            |   +-> [tag, reset, resume] --> [prove] ------- | -----> APPLIED
+                              |            |                        |          |            |
+                              |            |                        |  another fingerprint: |
+                              |            |                        |  pause, undo, resume, prove
+                              +- no answer +- no answer, not ok ----+------- not proven ----+--> kill the engine: TORN
+
+In the pause every rank reads back what it wrote; the whole of it is fingerprinted after the engine has resumed.
 
 After TORN nobody calls the engine again: a rank that does not answer blocks the engine's loop, so an undo could
 never run, and a late answer would be taken for another call's.
@@ -47,6 +52,8 @@ class WindowOrder:
     begin_by: float
     quiesce_deadline_s: float
     apply_deadline_s: float
+    version_before: str = ""
+    """What outputs are tagged with again when the window goes back after it has resumed."""
     expected: tuple[bytes, ...] = ()
     """Fingerprints the ranks must have afterwards, where they are known."""
     no_way_back: str = ""
@@ -62,6 +69,8 @@ class Times:
     quiesce_ms: float = 0.0
     apply_ms: float = 0.0
     resume_ms: float = 0.0
+    prove_ms: float = 0.0
+    """After the pause."""
 
 
 @dataclass
@@ -85,6 +94,14 @@ class Unanswered(Exception):
 
 class Unproven(Exception):
     """The ranks answered, and it cannot be told what is installed."""
+
+
+class NoProof(Exception):
+    """The ranks cannot be fingerprinted for now, and nothing is wrong: the engine sleeps, or it takes too long."""
+
+
+Prove = Callable[[], Awaitable[tuple[bytes, ...]]]
+"""The fingerprints of all ranks while they serve. Raises NoProof, EngineFailed, Unproven."""
 
 
 async def within(deadline_s: float, what: str, call: Awaitable[T]) -> T:
@@ -126,22 +143,24 @@ def refusals(answers: list[Status]) -> str:
     return "; ".join(f"rank {answer['rank']}: {answer['reason']}" for answer in answers if not answer["ok"])
 
 
-def fingerprints(answers: list[Status]) -> tuple[bytes, ...]:
+def fingerprints(answers: list[Status], which: str = "fingerprint") -> tuple[bytes, ...]:
     """In the order of the ranks."""
-    return tuple(bytes(answer["fingerprint"]) for answer in sorted(answers, key=lambda answer: int(answer["rank"])))
+    return tuple(bytes(answer[which]) for answer in sorted(answers, key=lambda answer: int(answer["rank"])))
 
 
 class Window:
     """One window on one engine. `before` is what the ranks proved to serve when they prepared."""
 
     def __init__(
-        self, engine: Engine, order: WindowOrder, before: tuple[bytes, ...], clock: Callable[[], float]
+        self, engine: Engine, order: WindowOrder, before: tuple[bytes, ...], prove: Prove, clock: Callable[[], float]
     ) -> None:
         self._engine = engine
         self._order = order
         self._before = before
+        self._prove = prove
         self._clock = clock
         self._times = Times()
+        self._paused = False
 
     async def run(self) -> WindowResult:
         """Goes through it once. Never raises for what an engine does."""
@@ -154,8 +173,9 @@ class Window:
             await self._kill(reason)
             return WindowResult(Outcome.TORN, reason, self._times)
         except BaseException as bug:
-            # The controller ends by it, cancelled or by a bug, and nobody would ever resume the engine.
-            await self._kill(f"the window was broken off: {bug!r}")
+            # The controller ends by it, cancelled or by a bug, and nobody would ever resume a paused engine.
+            if self._paused:
+                await self._kill(f"the window was broken off: {bug!r}")
             raise
 
     async def _open(self) -> WindowResult:
@@ -164,24 +184,65 @@ class Window:
         paused = await self._pause()
         self._times.quiesce_ms = self._since(begun)
         if paused:
-            return await self._close(Outcome.UNDONE, paused, self._before)
+            await self._resume("")
+            return WindowResult(Outcome.UNDONE, paused, self._times, self._before)
         failpoints.hit("window.paused")
         begun = self._clock()
         answers = await self._write()
         failpoints.hit("window.written")
-        failed = refusals(answers) or self._unexpected(answers) or await self._commit()
+        failed = refusals(answers) or await self._commit(self._order.version)
         if failed:
-            proof = await self._undo(failed)
-            self._times.apply_ms = self._since(begun)
-            return await self._close(Outcome.UNDONE, failed, proof)
+            await self._undo(failed, clear_caches=False)
         self._times.apply_ms = self._since(begun)
-        return await self._close(Outcome.APPLIED, "", fingerprints(answers), tuple(answers))
+        note = await self._resume(self._order.version if self._order.mode == "keep" and not failed else "")
+        if failed:
+            return await self._undone(failed)
+        failpoints.hit("window.resumed")
+        return await self._applied(answers, note)
+
+    async def _applied(self, answers: list[Status], note: str) -> WindowResult:
+        """The engine serves what was written: proves the whole of it, or takes it back."""
+        begun, expected = self._clock(), self._order.expected
+        failed, proof = "", expected
+        try:
+            proof = await self._prove()
+            if expected and proof != expected:
+                failed = "the fingerprint is another than that of the version it is to serve"
+        except NoProof as error:
+            note = "; ".join(filter(None, (note, f"not all of it was fingerprinted: {error}")))
+        except EngineFailed as error:
+            failed = f"the engine cannot be fingerprinted: {error}"
+        self._times.prove_ms = self._since(begun)
+        if failed:
+            return await self._take_back(failed)
+        return WindowResult(Outcome.APPLIED, "", self._times, proof, tuple(answers), note)
+
+    async def _take_back(self, failed: str) -> WindowResult:
+        """A second pause: the engine has run on what could not be proven."""
+        self._paused = True
+        await within(self._order.quiesce_deadline_s, "pause", self._engine.pause("recompute"))
+        await self._undo(failed, clear_caches=True)
+        if failed_again := await self._commit(self._order.version_before):
+            raise Unproven(f"{failed}; going back: {failed_again}")
+        await self._resume("")
+        return await self._undone(failed)
+
+    async def _undone(self, failed: str) -> WindowResult:
+        begun, note = self._clock(), ""
+        try:
+            if self._before and await self._prove() != self._before:
+                raise Unproven(f"the undo did not bring back what was served before: {failed}")
+        except NoProof as error:
+            note = f"not all of it was fingerprinted: {error}"
+        self._times.prove_ms += self._since(begun)
+        return WindowResult(Outcome.UNDONE, failed, self._times, self._before, note=note)
 
     async def _pause(self) -> str:
         """Why the engine did not come to rest; empty when it did.
 
         Requests that do not drain in time are no torn engine: it answers the resume, or else that tears it.
         """
+        self._paused = True
         try:
             await within(self._order.quiesce_deadline_s, "pause", self._engine.pause(self._order.mode))
         except (Unanswered, EngineFailed) as error:
@@ -195,19 +256,13 @@ class Window:
         # The engine ran on the version that it leaves: its KV cache may hold what outlives the weights.
         return await call_ranks(self._engine, "hotweights_undo", deadline_s, {"clear_caches": True})
 
-    def _unexpected(self, answers: list[Status]) -> str:
-        """Why what is installed is not what was ordered, as far as that is known; or empty."""
-        if not self._order.expected or fingerprints(answers) == self._order.expected:
-            return ""
-        return "the fingerprint differs from that of the same version when it was installed before"
-
-    async def _commit(self) -> str:
+    async def _commit(self, version: str) -> str:
         """Tags and caches; why they failed, or empty."""
         try:
             if self._order.mode != "keep" and not await self._reset_caches():
                 return "a cache is still held by requests and would serve what the old weights computed"
             # Last: what is undone must not have been tagged.
-            await within(RESUME_DEADLINE_S, "tagging", self._engine.set_weight_version(self._order.version))
+            await within(RESUME_DEADLINE_S, "tagging", self._engine.set_weight_version(version))
         except EngineFailed as error:
             return str(error)
         return ""
@@ -215,32 +270,27 @@ class Window:
     async def _reset_caches(self) -> bool:
         return await within(RESUME_DEADLINE_S, "resetting the caches", self._engine.reset_caches())
 
-    async def _undo(self, failed: str) -> tuple[bytes, ...]:
+    async def _undo(self, failed: str, *, clear_caches: bool) -> None:
+        """In every rank; each reads back what it put back. Raises Unproven when one cannot."""
         if not self._order.folder:
             raise Unproven(f"going back failed, and there is no way back from that: {failed}")
         if self._order.no_way_back:
             raise Unproven(f"{self._order.no_way_back}: {failed}")
-        answers = await call_ranks(
-            self._engine, "hotweights_undo", self._order.apply_deadline_s, {"clear_caches": False}
-        )
-        if failed := refusals(answers):
-            raise Unproven(f"the undo failed: {failed}")
-        if fingerprints(answers) != self._before:
-            raise Unproven("the undo did not bring back what was served before")
+        deadline_s = self._order.apply_deadline_s
+        answers = await call_ranks(self._engine, "hotweights_undo", deadline_s, {"clear_caches": clear_caches})
+        if refused := refusals(answers):
+            raise Unproven(f"the undo failed: {refused}")
         # The other modes dropped all blocks when they paused; these are of before an undo, which clears the memory.
         if self._order.mode == "keep" and not await self._reset_caches():
             raise Unproven("a cache is still held by requests after the undo")
-        return self._before
 
-    async def _close(
-        self, outcome: Outcome, reason: str, proof: tuple[bytes, ...], answers: tuple[Status, ...] = ()
-    ) -> WindowResult:
+    async def _resume(self, salt: str) -> str:
+        """A note for who watches, or empty."""
         begun = self._clock()
-        salt = self._order.version if self._order.mode == "keep" and outcome is Outcome.APPLIED else ""
         resumed = await within(RESUME_DEADLINE_S, "resume", self._engine.resume(salt))
-        self._times.resume_ms = self._since(begun)
-        note = "" if resumed else "still paused, as its owner had left it"
-        return WindowResult(outcome, reason, self._times, proof, answers, note)
+        self._paused = False
+        self._times.resume_ms += self._since(begun)
+        return "" if resumed else "still paused, as its owner had left it"
 
     async def _kill(self, reason: str) -> None:
         try:
@@ -256,7 +306,11 @@ class Window:
 
 
 async def run_window(
-    engine: Engine, order: WindowOrder, before: tuple[bytes, ...], clock: Callable[[], float] = time.monotonic
+    engine: Engine,
+    order: WindowOrder,
+    before: tuple[bytes, ...],
+    prove: Prove,
+    clock: Callable[[], float] = time.monotonic,
 ) -> WindowResult:
     """Opens one window and closes it."""
-    return await Window(engine, order, before, clock).run()
+    return await Window(engine, order, before, prove, clock).run()

@@ -1,0 +1,70 @@
+"""The load plan of one rank's model: recorded once, proven with the version that is installed, kept while both hold.
+
+It is for one model config, parallel config and vLLM (those of this process) and for one layout of images: names, shapes
+and dtypes. Another layout, or a model made of other tensors, has it recorded anew; weights that changed other than by
+an update have it proven anew.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from hotweights.adapters.direct import Split, nothing_direct, split
+from hotweights.adapters.load_plan import Form, LoadPlan, NotRecorded, form, named_tensors, record_beside
+from hotweights.adapters.mapped import MappedImage, TensorSpec, check_specs
+
+log = logging.getLogger(__name__)
+
+Base = Callable[[], MappedImage]
+KEPT = 8  # digests of what was installed lately: going back and forth needs no new proof
+
+
+class Plans:
+    """Of one model. Used by the thread that prepares, and between its runs."""
+
+    def __init__(self) -> None:
+        self._key: tuple[dict[str, TensorSpec], dict[str, tuple[int, Form]]] | None = None
+        self._plan: LoadPlan | None = None
+        self._why_not = ""
+        self._proven_with: list[bytes] = []
+        self._differing: dict[str, str] = {}
+
+    def split(self, model: torch.nn.Module, image: MappedImage, base: Base | None, serving: bytes) -> Split:
+        """Which modules are direct. `serving` is the digest of what the model holds, `base` opens its image."""
+        plan = self.plan(model, image)
+        if plan is None:
+            return nothing_direct(model, None, self._why_not)
+        if serving not in self._proven_with:
+            if base is None:
+                return nothing_direct(model, plan, "the version that is installed is not known here")
+            self._prove(plan, model, image, base)
+            self._proven_with = [serving]
+        return split(model, plan, self._differing)
+
+    def plan(self, model: torch.nn.Module, image: MappedImage) -> LoadPlan | None:
+        """For images like this one; None when the loader could not be recorded."""
+        tensors = {name: (tensor.data_ptr(), form(tensor)) for name, tensor in named_tensors(model).items()}
+        key = dict(image.specs), tensors
+        if self._key != key:
+            self._plan, self._why_not, self._proven_with = None, "", []
+            try:
+                self._plan = record_beside(model, image.tensors)
+            except NotRecorded as error:
+                self._why_not = str(error)
+                log.warning("no load plan: %s", error)
+            self._key = key
+        return self._plan
+
+    def _prove(self, plan: LoadPlan, model: torch.nn.Module, image: MappedImage, base: Base) -> None:
+        installed = base()
+        try:
+            check_specs(installed.specs, image.specs)
+            self._differing = plan.differing(model, installed.tensors)
+        finally:
+            installed.close()
+
+    def written(self, before: bytes, after: bytes) -> None:
+        """An update wrote, by the plan, another digest: what was proven holds for that too. Empty: that is not known."""
+        if after and before in self._proven_with:
+            self._proven_with = [*self._proven_with, after][-KEPT:]

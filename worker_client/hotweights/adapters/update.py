@@ -1,0 +1,283 @@
+"""An update of one rank, made ready beside the serving engine, and the way back from it.
+
+    image --load plan--> what the modules are to hold ----+
+          --shadow-----> what packed layers are to hold --+--difference--> writes, and the fingerprint of after
+          --reload, in the pause, for everything else
+
+What is written in the pause is read back there; everything is fingerprinted before it and after it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+from hotweights.adapters.direct import Split
+from hotweights.adapters.fingerprint import (
+    Probe,
+    Proof,
+    combine_tensors,
+    digest_tensor,
+    live_tensors,
+)
+from hotweights.adapters.load_plan import Copy, LoadPlan, named_tensors
+from hotweights.adapters.mapped import MappedImage
+from hotweights.adapters.routes import AfterTensors, Reload, layerwise_reload
+from hotweights.adapters.shadow import Shadow
+from hotweights.adapters.twins import NoShadow
+from hotweights.adapters.undo import ChangedSincePrepare, storage_bytes, storages_of
+from hotweights.adapters.writes import Function, Write, difference
+
+REASONS_MAX = 8
+_NUMBERS = re.compile("[0-9]+")
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class NotProven(Exception):
+    """What is read back is not what was written."""
+
+
+@dataclass
+class Routes:
+    """By which routes a rank is written: modules, and bytes of their tensors."""
+
+    direct: tuple[int, int] = (0, 0)
+    assembled: tuple[int, int] = (0, 0)
+    reload: tuple[int, int] = (0, 0)
+    reasons: tuple[str, ...] = ()
+    """Why modules are not written directly; the most frequent first."""
+
+
+class Update:
+    """What one window does to one rank. `write` and `undo` only while the engine is paused."""
+
+    def __init__(self, model: torch.nn.Module, writes: Sequence[Write], reload: Reload | None) -> None:
+        self.writes = writes
+        self._model, self._reload = model, reload
+        self._storages = _sizes(model)
+
+    def check_current(self) -> None:
+        """Raises ChangedSincePrepare unless the model still consists of the tensors this was made for."""
+        if _sizes(self._model) != self._storages:
+            raise ChangedSincePrepare("tensors of the model were replaced since the update was prepared; prepare again")
+
+    def write(self, after: AfterTensors) -> None:
+        """What it raises leaves the undo to the caller."""
+        for count, write in enumerate(self.writes):
+            after(count)
+            write.write()
+        count = len(self.writes)
+        after(count)
+        if self._reload is not None:
+            self._reload.write(lambda more: after(count + more))
+
+    def undo(self) -> None:
+        """From wherever `write` got to."""
+        if self._reload is not None:
+            self._reload.undo()
+        for write in self.writes:
+            write.undo()
+
+    def prove_written(self) -> bytes:
+        """Reads back what was written, and gives its digest. Raises NotProven."""
+        hasher = blake3()
+        for at, write in enumerate(self.writes):
+            if write.proof() != write.new_proof:
+                raise NotProven(f"write {at} of {len(self.writes)} reads back as something else")
+            hasher.update(write.new_proof)
+        if self._reload is not None:
+            hasher.update(combine_tensors(self._reload.digests()))
+        return hasher.digest()
+
+    def prove_undone(self) -> None:
+        """Reads back what was put back. Raises NotProven."""
+        for at, write in enumerate(self.writes):
+            if write.proof() != write.old_proof:
+                raise NotProven(f"write {at} of {len(self.writes)} reads back as something else than before")
+        if self._reload is not None and not self._reload.is_undone():
+            raise NotProven("a reloaded layer reads back as something else than before")
+
+
+@dataclass
+class Made:
+    """An update, and what the whole rank is fingerprinted as without it and with it."""
+
+    update: Update
+    routes: Routes
+    before: Proof
+    after: Proof | None
+    """None where only the reload, in the pause, can tell."""
+    tensors_before: bytes
+    tensors_after: bytes
+    shadow: Shadow | None
+
+    def drop(self) -> None:
+        """Takes the shadow out of vLLM's books: its memory goes with this."""
+        if self.shadow is not None:
+            self.shadow.forget()
+
+
+class Maker:
+    """Makes an update from an image. Runs in the thread that prepares; changes nothing that serves."""
+
+    def __init__(self, worker: Any, image: MappedImage, plan: LoadPlan | None, split: Split, *, whole: bool) -> None:
+        """`plan` is None only where nothing is direct; `whole` as for Reload."""
+        self._worker, self._image, self._whole = worker, image, whole
+        self._plan, self._split = plan, split
+        self._tensors = None if plan is None else split.tensors
+        self._model: torch.nn.Module = worker.model_runner.get_model()
+        self._live = named_tensors(self._model)
+        self._names = _by_storage(dict(live_tensors(self._model)))
+        self._after: dict[str, bytes] = {}
+
+    def assemble(self) -> Shadow | None:
+        """The rest, reloaded beforehand; None where there is nothing to reload.
+
+        Raises NoShadow, NotWhole and what a loader raises.
+        """
+        if self._tensors is not None and not self._tensors:
+            return None
+        if self._worker.vllm_config.lora_config is not None:
+            raise NoShadow("the engine serves LoRA adapters")
+        shadow = Shadow(self._model, self._split.rest)
+        try:
+            layerwise_reload(
+                *(self._worker, shadow.model, self._image, lambda count: None, shadow.layers, self._tensors),
+                whole=self._whole,
+            )
+        except Exception:
+            shadow.forget()
+            raise
+        return shadow
+
+    def make(self, before: Mapping[str, bytes], shadow: Shadow | None) -> Made:
+        """`before` are the digests of what serves; without a shadow the rest is reloaded in the pause.
+
+        Raises NoShadow when the shadow came to be something that cannot be written.
+        """
+        try:
+            return self._make(before, shadow)
+        except Exception:
+            if shadow is not None:
+                shadow.forget()
+            raise
+
+    def _make(self, before: Mapping[str, bytes], shadow: Shadow | None) -> Made:
+        self._after = dict(before)
+        writes = list(self._writes({} if shadow is None else shadow.storages()))
+        reload = None
+        if shadow is not None:
+            writes.extend(
+                Function(repacked.layer, "cpu_linear", repacked.function, repacked.layer.__dict__.get("cpu_linear"))
+                for repacked in shadow.repacked()
+            )
+        elif self._tensors is None or self._tensors:
+            reload = Reload(self._worker, self._image, self._split.rest, self._tensors, whole=self._whole)
+        tensors_before, tensors_after = combine_tensors(before), combine_tensors(self._after)
+        probe = Probe(self._model if shadow is None else shadow.model)
+        return Made(
+            update=Update(self._model, writes, reload),
+            routes=self._routes(assembled=shadow is not None),
+            before=Proof(tensors_before, Probe(self._model)),
+            after=Proof(tensors_after, probe) if reload is None else None,
+            tensors_before=tensors_before,
+            tensors_after=tensors_after if reload is None else b"",
+            shadow=shadow,
+        )
+
+    def _writes(self, assembled: Mapping[int, torch.UntypedStorage]) -> Iterator[Write]:
+        copies = self._copies()
+        for at, storage in storages_of(self._model.modules()).items():
+            if at in assembled:
+                new = assembled[at]
+                pairs = [(storage_bytes(storage), storage_bytes(new))]
+            elif at in copies:
+                new, pairs = self._planned(storage, copies[at])
+            else:
+                continue
+            names = self._names.get(at, {})
+            sizes = {tensor.element_size() for tensor in names.values()}
+            write = difference(storage, new, sizes.pop() if len(sizes) == 1 else 1, pairs)
+            if write is not None:
+                for name, tensor in names.items():
+                    self._after[name] = digest_tensor(name, _moved(tensor, new), threads=1)
+                yield write
+
+    def _copies(self) -> dict[int, list[Copy]]:
+        """Of the direct modules, by the storage that they write to."""
+        modules = dict(self._model.named_modules(remove_duplicate=False))
+        found: dict[int, list[Copy]] = {}
+        for copy in self._plan.copies if self._plan is not None else ():
+            if modules[copy.parameter.rpartition(".")[0]] in self._split.direct:
+                at = self._live[copy.parameter].untyped_storage().data_ptr()
+                found.setdefault(at, []).append(copy)
+        return found
+
+    def _planned(self, storage: torch.UntypedStorage, copies: Sequence[Copy]) -> tuple[torch.UntypedStorage, Pairs]:
+        """What a storage is to hold, and where from all of it is to be written in the pause."""
+        new, image = storage_bytes(storage).clone().untyped_storage(), self._image.tensors
+        pairs: Pairs = []
+        for copy in copies:
+            live, source = self._live[copy.parameter].data, copy.take.of(image[copy.tensor])
+            copy.put.of(_moved(live, new)).copy_(source)
+            pairs.append((copy.put.of(live), source))
+        if any(target.dtype != source.dtype for target, source in pairs):
+            pairs = [(storage_bytes(storage), storage_bytes(new))]  # the pause is not for casting
+        return new, pairs
+
+    def _routes(self, *, assembled: bool) -> Routes:
+        names = dict(self._model.named_modules(remove_duplicate=False))
+        direct = [_held_bytes(module) for module in self._split.direct]
+        rest = [_held_bytes(names[name]) for name in self._split.reasons]
+        summed = (len(rest), sum(rest))
+        return Routes(
+            direct=(len(direct), sum(direct)),
+            assembled=summed if assembled else (0, 0),
+            reload=(0, 0) if assembled else summed,
+            reasons=tuple(_told(self._split.reasons)),
+        )
+
+
+def packed_bytes(layer: torch.nn.Module) -> int:
+    """Of a layer's weight as it was loaded, which is about what a packed one takes."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    weight = get_layerwise_info(layer).restore_metadata[0].get("weight")
+    return 0 if weight is None else int(weight.nbytes)
+
+
+def _held_bytes(module: torch.nn.Module) -> int:
+    own = (*module._parameters.values(), *module._buffers.values())
+    registered = sum(tensor.nbytes for tensor in own if tensor is not None)
+    return max(registered, packed_bytes(module))
+
+
+def _told(reasons: Mapping[str, str]) -> Iterator[str]:
+    """A line for each kind of reason: of layers that differ in their number only, the first is named."""
+    alike: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        alike.setdefault(_NUMBERS.sub("N", reason), []).append(name)
+    for names in sorted(alike.values(), key=len, reverse=True)[:REASONS_MAX]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"{names[0]}{more}: {reasons[names[0]]}"
+
+
+def _by_storage(tensors: Mapping[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(tensor.untyped_storage().data_ptr(), {})[name] = tensor
+    return found
+
+
+def _moved(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
+    """The same view of another storage."""
+    place = tensor.storage_offset(), tensor.shape, tensor.stride()
+    return torch.empty(0, dtype=tensor.dtype, device=storage.device).set_(storage, *place)
+
+
+def _sizes(model: torch.nn.Module) -> dict[int, int]:
+    return {at: storage.nbytes() for at, storage in storages_of(model.modules()).items()}
