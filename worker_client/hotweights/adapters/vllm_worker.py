@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hotweights.adapters.kind import kind
 from hotweights.adapters.processes import process
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def _rank(worker: Any) -> "Rank":
 
 @_answered
 def hotweights_identify(self: Any) -> Status:
-    """Which process this is."""
+    """Which process this is, and of what kind."""
     device = str(getattr(self, "device", "cpu"))
     own = process(os.getpid())
     host = socket.gethostname()
@@ -67,6 +68,7 @@ def hotweights_identify(self: Any) -> Status:
         "host": host,
         "device": device,
         "dtype": str(self.model_config.dtype),
+        "kind": kind(self),
     }
 
 
