@@ -3,13 +3,20 @@
 import asyncio
 import threading
 
-from hotweights.v1 import update_pb2
+from hotweights.v1 import fleet_pb2, update_pb2
 from hotweights.v1 import worker_service_pb2 as pb
 from hotweights.wire.access import ANONYMOUS, Access
 from hotweights.wire.endpoint import parse_endpoint
 from hotweights.worker_client.session import Session
 
 DEADLINE_S = 20.0
+ROUTES = fleet_pb2.Routes(
+    direct_modules=214,
+    direct_bytes=886_000_000,
+    reload_modules=2,
+    reload_bytes=12_000_000,
+    reasons=["model.layers.0.mlp.experts: repacked after loading"],
+)
 
 
 class StandIn:
@@ -55,6 +62,7 @@ class StandIn:
         replica = pb.ReplicaHello(
             replica_id="stand-in", model=self._model, active_digest=self._active, engine="stand-in 1"
         )
+        replica.fingerprint_kind = "stand-ins"
         replica.ranks.add(index=0, node_id="here", pid=1)
         return pb.Hello(replica=replica)
 
@@ -67,6 +75,7 @@ class StandIn:
             self.checked = order.prepare.check_finite
             report.prepared.manifest_digest = order.prepare.manifest_digest
             report.prepared.base_digest = self._active
+            report.prepared.routes.CopyFrom(ROUTES)
         elif order.WhichOneof("action") == "apply" and self.breaks:
             report.apply_failed.failure = pb.APPLY_FAILURE_UNDONE
             report.apply_failed.reason = self.breaks

@@ -2,7 +2,8 @@
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from hotweights.cli.output import as_plain, counted, moment, one_line, size, word
+from hotweights.cli.output import as_plain, counted, moment, one_line, size, word, written
+from hotweights.cli.status import route_tables
 from hotweights.v1 import fleet_pb2, model_pb2, update_pb2
 
 
@@ -40,3 +41,18 @@ def test_sizes_counts_and_times_read_well() -> None:
     assert (size(0), size(999), size(16_570), size(98_000_000)) == ("0 B", "999 B", "16.6 kB", "98.0 MB")
     assert (counted(1, "node"), counted(2, "node")) == ("1 node", "2 nodes")
     assert moment(Timestamp()) == "-"
+
+
+def test_routes_are_one_line_of_those_there_are() -> None:
+    routes = fleet_pb2.Routes(direct_modules=1, direct_bytes=999, assembled_modules=30, assembled_bytes=2_000_000)
+    assert written(routes) == "direct 1 module 999 B · assembled 30 modules 2.0 MB"
+    routes = fleet_pb2.Routes(reload_modules=7, reload_bytes=1_500, reasons=["a: repacked", "b: tied"])
+    assert written(routes) == "reload 7 modules 1.5 kB (a: repacked; b: tied)"
+
+
+def test_routes_are_shown_of_replicas_that_said_them() -> None:
+    silent = fleet_pb2.Replica(id="r1")
+    assert list(route_tables([silent])) == []
+    says = fleet_pb2.Replica(id="r2", routes=fleet_pb2.Routes(direct_modules=2, direct_bytes=5, reasons=["x\x1b[31m"]))
+    (table,) = route_tables([silent, says])
+    assert table.rows == [("r2", "direct 2 modules 5 B (x [31m)")]

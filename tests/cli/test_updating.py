@@ -88,6 +88,21 @@ def test_status_shows_the_replica_its_pause_and_the_commit(agent: Serving, repli
     assert row in agent.text("coord-status")
 
 
+def test_status_shows_how_the_replica_is_written_and_with_whom_it_is_compared(agent: Serving, replica: StandIn) -> None:
+    (shown,) = agent.json("coord-status")["replicas"]
+    assert shown["fingerprint_kind"] == "stand-ins"
+    assert shown["routes"] == {
+        **{"direct_modules": 214, "direct_bytes": 886_000_000, "assembled_modules": 0, "assembled_bytes": 0},
+        **{"reload_modules": 2, "reload_bytes": 12_000_000},
+        "reasons": ["model.layers.0.mlp.experts: repacked after loading"],
+    }
+    line = (
+        "stand-in  direct 214 modules 886.0 MB · reload 2 modules 12.0 MB "
+        "(model.layers.0.mlp.experts: repacked after loading)"
+    )
+    assert line in agent.text("coord-status")
+
+
 def test_a_committed_version_is_not_started_again_and_cannot_be_cancelled(agent: Serving, replica: StandIn) -> None:
     assert "committed to v2 already" in agent.refusal("update", "v2")
     update = agent.json("coord-status")["updates"][-1]

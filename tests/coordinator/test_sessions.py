@@ -70,6 +70,7 @@ BAD_HELLOS: dict[str, tuple[dict[str, Any], str]] = {
     "many images": ({"hello": agent_hello("n", *(10_001 * ["v"]))}, "10001 images at one node"),
     "many fingerprints": ({"hello": replica_hello(fingerprints=1025 * [b"f"])}, "1025 fingerprints of 1025 bytes"),
     "a long fingerprint": ({"hello": replica_hello(fingerprints=[b"f" * 65])}, "1 fingerprints of 65 bytes"),
+    "a long kind": ({"hello": replica_hello(fingerprint_kind="k" * 129)}, "a fingerprint kind has 129 characters"),
     "no such policy": ({"hello": replica_hello(policy=99)}, "99 is no ModelPolicy"),
 }
 
@@ -224,14 +225,16 @@ async def test_a_report_with_a_digest_of_impossible_length_ends_the_session_and_
     assert not live.coordinator.runtime.failed.done()
 
 
-async def through_an_update(live: Live, agent: Wire, replica: Wire) -> wire_pb.Order:
+async def through_an_update(
+    live: Live, agent: Wire, replica: Wire, routes: fleet_pb2.Routes | None = None
+) -> wire_pb.Order:
     """Stages and prepares v2; the order that gives GO."""
     for _ in range(2):
         stage = await agent.order("stage")
         await agent.report(stage, staged=wire_pb.Staged(manifest_digest=stage.stage.manifest_digest))
     prepare = await replica.order("prepare")
     assert prepare.prepare.manifest_digest == digest_of("v2")
-    await replica.report(prepare, prepared=wire_pb.Prepared(base_digest=digest_of("v1")))
+    await replica.report(prepare, prepared=wire_pb.Prepared(base_digest=digest_of("v1"), routes=routes))
     return await replica.order("apply")
 
 
@@ -282,6 +285,70 @@ async def test_a_failed_apply_is_restored_and_told_in_status_and_events(live: Li
     assert "no room" in update.reason
     assert "no room" in (await until_event(live, fleet_pb2.EVENT_KIND_UPDATE_ENDED)).message
     for wire in (agent, replica):
+        await wire.close()
+
+
+async def test_routes_and_kind_are_shown_as_they_were_said(live: Live) -> None:
+    agent = await Wire(live).hello(agent_hello("n1", "v1", "v2"))
+    for version in ("v1", "v2"):
+        await live.publish(version)
+    replica = await Wire(live).hello(replica_hello("r1", "v1", fingerprint_kind="k" * 128))
+    assert not (await live.status()).replicas[0].HasField("routes")
+    await soon(live.service.StartUpdate(pb.StartUpdateRequest(model="m", version="v2")))
+    routes = fleet_pb2.Routes(
+        direct_modules=1,
+        direct_bytes=1 << 40,
+        assembled_modules=2,
+        assembled_bytes=20,
+        reload_modules=3,
+        reload_bytes=30,
+        reasons=["model.layers.0.mlp.experts: repacked after loading"],
+    )
+    await through_an_update(live, agent, replica, routes)
+    (shown,) = (await live.status()).replicas
+    assert (shown.routes, shown.fingerprint_kind) == (routes, "k" * 128)
+    for wire in (agent, replica):
+        await wire.close()
+
+
+async def test_reasons_of_routes_are_cut_and_the_first_are_kept(live: Live) -> None:
+    agent = await Wire(live).hello(agent_hello("n1", "v1", "v2"))
+    for version in ("v1", "v2"):
+        await live.publish(version)
+    replica = await Wire(live).hello(replica_hello("r1", "v1"))
+    await soon(live.service.StartUpdate(pb.StartUpdateRequest(model="m", version="v2")))
+    reasons = ["r" * 300, "r" * 3_000, *(f"reason {n}" for n in range(20_000))]
+    await through_an_update(live, agent, replica, fleet_pb2.Routes(reasons=reasons))
+    (shown,) = (await live.status()).replicas
+    cut = "r" * 300 + "... (2700 more characters)"
+    assert list(shown.routes.reasons) == ["r" * 300, cut, *(f"reason {n}" for n in range(6))]
+    for wire in (agent, replica):
+        await wire.close()
+
+
+async def test_two_replicas_that_differ_are_taken_back_and_the_log_says_which_rank(live: Live) -> None:
+    agent = await Wire(live).hello(agent_hello("n1", "v1", "v2"))
+    for version in ("v1", "v2"):
+        await live.publish(version)
+    there = await Wire(live).hello(replica_hello("r0", "v2", fingerprints=[b"f"], fingerprint_kind="k"))
+    replica = await Wire(live).hello(replica_hello("r1", "v1", fingerprint_kind="k"))
+    started = await soon(live.service.StartUpdate(pb.StartUpdateRequest(model="m", version="v2")))
+    for _ in range(2):
+        stage = await agent.order("stage")
+        await agent.report(stage, staged=wire_pb.Staged(manifest_digest=stage.stage.manifest_digest))
+    for wire in (there, replica):
+        prepare = await wire.order("prepare")
+        base = digest_of("v2" if wire is there else "v1")
+        await wire.report(prepare, prepared=wire_pb.Prepared(base_digest=base))
+    go = await replica.order("apply")
+    await replica.report(go, applied=wire_pb.Applied(active_digest=digest_of("v2"), fingerprints=[b"g"]))
+    assert (await replica.order("apply")).apply.restore
+    event = await until_event(live, fleet_pb2.EVENT_KIND_REPLICA_FAILED)
+    reason = "rank 0 of replica r1 on node n1 has another fingerprint than replica r0 for the same version"
+    assert (event.replica_id, event.message) == ("r1", f"{reason}; either may be wrong")
+    update = (await soon(live.service.GetUpdate(pb.GetUpdateRequest(id=started.update.id)))).update
+    assert (update.phase, update.reason) == (update_pb2.UPDATE_PHASE_ROLLING_BACK, event.message)
+    for wire in (agent, there, replica):
         await wire.close()
 
 

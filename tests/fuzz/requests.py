@@ -297,10 +297,11 @@ def _seeds() -> list[bytes]:
     published = _publishes(pb.PublishHeader(model="m", version="v", start_update=True))
     started = _says(1) + published + _says(0, worker_service_pb2.SessionRequest(), _report(staged={}))
     window = update_pb2.WindowTimes(quiesce_ms=float("nan"), apply_ms=float("inf"), total_ms=-1)
+    routes = fleet_pb2.Routes(direct_modules=(1 << 32) - 1, reload_bytes=(1 << 64) - 1, reasons=["x\0y"] * 9)
     reports = [
         _report(stage_progress=worker_service_pb2.StageProgress(manifest_digest=DIGEST, bytes_done=(1 << 64) - 1)),
         _report(staged=worker_service_pb2.Staged(manifest_digest=DIGEST)),
-        _report(prepared=worker_service_pb2.Prepared(manifest_digest=DIGEST, base_digest=DIGEST)),
+        _report(prepared=worker_service_pb2.Prepared(manifest_digest=DIGEST, base_digest=DIGEST, routes=routes)),
         _report(applied=worker_service_pb2.Applied(active_digest=DIGEST, window=window, fingerprints=[b"f"])),
         _report(active_changed=worker_service_pb2.ActiveChanged(active_digest=b"short", note="x\ny")),
     ]

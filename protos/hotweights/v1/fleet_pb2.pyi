@@ -61,8 +61,26 @@ class Rank(_message.Message):
     pid: int
     def __init__(self, index: _Optional[int] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
+class Routes(_message.Message):
+    __slots__ = ("direct_modules", "direct_bytes", "assembled_modules", "assembled_bytes", "reload_modules", "reload_bytes", "reasons")
+    DIRECT_MODULES_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ASSEMBLED_MODULES_FIELD_NUMBER: _ClassVar[int]
+    ASSEMBLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RELOAD_MODULES_FIELD_NUMBER: _ClassVar[int]
+    RELOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
+    direct_modules: int
+    direct_bytes: int
+    assembled_modules: int
+    assembled_bytes: int
+    reload_modules: int
+    reload_bytes: int
+    reasons: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, direct_modules: _Optional[int] = ..., direct_bytes: _Optional[int] = ..., assembled_modules: _Optional[int] = ..., assembled_bytes: _Optional[int] = ..., reload_modules: _Optional[int] = ..., reload_bytes: _Optional[int] = ..., reasons: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class Replica(_message.Message):
-    __slots__ = ("id", "model", "connected", "ready", "excluded", "desired_version", "active_version", "active_digest", "last_window", "fingerprints", "ranks", "engine", "note")
+    __slots__ = ("id", "model", "connected", "ready", "excluded", "desired_version", "active_version", "active_digest", "last_window", "fingerprints", "ranks", "engine", "note", "routes", "fingerprint_kind")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +94,8 @@ class Replica(_message.Message):
     RANKS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
+    ROUTES_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_KIND_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     connected: bool
@@ -89,7 +109,9 @@ class Replica(_message.Message):
     ranks: _containers.RepeatedCompositeFieldContainer[Rank]
     engine: str
     note: str
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., connected: bool = ..., ready: bool = ..., excluded: bool = ..., desired_version: _Optional[str] = ..., active_version: _Optional[str] = ..., active_digest: _Optional[bytes] = ..., last_window: _Optional[_Union[_update_pb2.WindowTimes, _Mapping]] = ..., fingerprints: _Optional[_Iterable[bytes]] = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., engine: _Optional[str] = ..., note: _Optional[str] = ...) -> None: ...
+    routes: Routes
+    fingerprint_kind: str
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., connected: bool = ..., ready: bool = ..., excluded: bool = ..., desired_version: _Optional[str] = ..., active_version: _Optional[str] = ..., active_digest: _Optional[bytes] = ..., last_window: _Optional[_Union[_update_pb2.WindowTimes, _Mapping]] = ..., fingerprints: _Optional[_Iterable[bytes]] = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., engine: _Optional[str] = ..., note: _Optional[str] = ..., routes: _Optional[_Union[Routes, _Mapping]] = ..., fingerprint_kind: _Optional[str] = ...) -> None: ...
 
 class Node(_message.Message):
     __slots__ = ("id", "connected", "data_endpoint", "held_digests", "stage_bytes_used", "stage_bytes_free")

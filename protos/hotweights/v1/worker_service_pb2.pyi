@@ -73,7 +73,7 @@ class AgentHello(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., data_endpoint: _Optional[str] = ..., held_digests: _Optional[_Iterable[bytes]] = ..., stage_bytes_used: _Optional[int] = ..., stage_bytes_free: _Optional[int] = ..., token_key: _Optional[bytes] = ...) -> None: ...
 
 class ReplicaHello(_message.Message):
-    __slots__ = ("replica_id", "model", "policy", "active_digest", "ranks", "engine", "open_window", "fingerprints", "identifying")
+    __slots__ = ("replica_id", "model", "policy", "active_digest", "ranks", "engine", "open_window", "fingerprints", "identifying", "fingerprint_kind")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +83,7 @@ class ReplicaHello(_message.Message):
     OPEN_WINDOW_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINTS_FIELD_NUMBER: _ClassVar[int]
     IDENTIFYING_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_KIND_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     model: str
     policy: _model_pb2.ModelPolicy
@@ -92,7 +93,8 @@ class ReplicaHello(_message.Message):
     open_window: str
     fingerprints: _containers.RepeatedScalarFieldContainer[bytes]
     identifying: bool
-    def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., policy: _Optional[_Union[_model_pb2.ModelPolicy, str]] = ..., active_digest: _Optional[bytes] = ..., ranks: _Optional[_Iterable[_Union[_fleet_pb2.Rank, _Mapping]]] = ..., engine: _Optional[str] = ..., open_window: _Optional[str] = ..., fingerprints: _Optional[_Iterable[bytes]] = ..., identifying: bool = ...) -> None: ...
+    fingerprint_kind: str
+    def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., policy: _Optional[_Union[_model_pb2.ModelPolicy, str]] = ..., active_digest: _Optional[bytes] = ..., ranks: _Optional[_Iterable[_Union[_fleet_pb2.Rank, _Mapping]]] = ..., engine: _Optional[str] = ..., open_window: _Optional[str] = ..., fingerprints: _Optional[_Iterable[bytes]] = ..., identifying: bool = ..., fingerprint_kind: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("session_id", "cluster_id", "epoch", "revision", "model", "heartbeat_s", "lease_s")
@@ -285,12 +287,14 @@ class ImagesHeld(_message.Message):
     def __init__(self, digests: _Optional[_Iterable[bytes]] = ..., stage_bytes_used: _Optional[int] = ..., stage_bytes_free: _Optional[int] = ...) -> None: ...
 
 class Prepared(_message.Message):
-    __slots__ = ("manifest_digest", "base_digest")
+    __slots__ = ("manifest_digest", "base_digest", "routes")
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ROUTES_FIELD_NUMBER: _ClassVar[int]
     manifest_digest: bytes
     base_digest: bytes
-    def __init__(self, manifest_digest: _Optional[bytes] = ..., base_digest: _Optional[bytes] = ...) -> None: ...
+    routes: _fleet_pb2.Routes
+    def __init__(self, manifest_digest: _Optional[bytes] = ..., base_digest: _Optional[bytes] = ..., routes: _Optional[_Union[_fleet_pb2.Routes, _Mapping]] = ...) -> None: ...
 
 class PrepareFailed(_message.Message):
     __slots__ = ("reason",)

@@ -41,6 +41,10 @@ class Bench:
         self.lives: dict[str, int] = {}
         self.held: dict[str, set[str]] = {}
         self.homes: dict[str, str] = {}
+        # What replicas say of what they have installed: by replica, and by replica and digest.
+        self.kinds: dict[str, str] = {}
+        self.fingerprints: dict[tuple[str, str], tuple[str, ...]] = {}
+        self.rank_count = 1
         self._records: dict[str, bytes] = {}
         self._count = 0
 
@@ -119,8 +123,10 @@ class Bench:
                 incarnation=f"life{self.lives[name]}",
                 model=model,
                 policy=policy,
-                ranks=((0, node, 100),),
+                ranks=tuple((i, node, 100 + i) for i in range(self.rank_count)),
                 active=serves,
+                fingerprints=self.fingerprints.get((name, serves), ()),
+                fingerprint_kind=self.kinds.get(name, ""),
                 identifying=identifying,
                 open_window=open_window,
             )
@@ -183,7 +189,8 @@ class Bench:
         """Opens its window and reports; the digest it was given is what it serves."""
         order, go = self.take(o.Apply, replica)
         self.active[replica] = go.digest
-        self.do(e.Applied(*self.who(replica), order.update, order.ticket, go.digest, WINDOW))
+        proof = self.fingerprints.get((replica, go.digest), ())
+        self.do(e.Applied(*self.who(replica), order.update, order.ticket, go.digest, WINDOW, proof))
         return go
 
     def defer(self, replica: str) -> None:

@@ -66,6 +66,8 @@ class Engine(Member):
     came: set[tuple[str, str]] = field(default_factory=set)
     # When it last began a life.
     born_at: float = 0.0
+    # What it has installed, as its two ranks prove it.
+    proof: tuple[str, ...] = ()
 
 
 class Broken(AssertionError):
@@ -75,6 +77,8 @@ class Broken(AssertionError):
 class World:
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)
+        # Dice of their own: what is installed goes wrong where everything else goes as it would.
+        self.flips = random.Random(seed + 1_000_000)
         self.now = 1000.0
         self.epoch = 0
         self.disk: dict[str, bytes] = {}
@@ -93,6 +97,7 @@ class World:
         self.ended: set[str] = set()
         self.commits = 0
         self.rollbacks = 0
+        self.differed = 0
         count = self.dice.choice([1, 2, 3, 4])
         self.agents = {f"n{i}": Agent(f"n{i}", held={"d1", "d2"} if i == 0 else {"d1"}) for i in range(min(count, 3))}
         self.engines = {
@@ -100,7 +105,7 @@ class World:
             for i in range(count)
         }
         for engine in self.engines.values():
-            engine.active = engine.boots
+            engine.active, engine.proof = engine.boots, proof_of(engine.boots)
         self.lead()
         self.work([e.VersionPublished(self.now, "m", f"v{i}", f"d{i}", 1, 1, 1) for i in (1, 2, 3)])
         for member in self.members():
@@ -157,7 +162,7 @@ class World:
         for update in after.updates.values():
             if not update.phase.is_open and update.id not in self.ended:
                 self.ended.add(update.id)
-                self.check_ended(update)
+                self.check_ended(update, after)
 
     def speak(self, order: Order) -> None:
         match order:
@@ -194,6 +199,8 @@ class World:
                 ((0, member.node, 1),),
                 member.active,
                 open_window=member.window[0].update if member.window else "",
+                fingerprints=member.proof,
+                fingerprint_kind="one kind",
             )
         )
 
@@ -212,6 +219,7 @@ class World:
         member.outbox.clear()
         if isinstance(member, Engine):
             member.active, member.kept, member.window = member.boots, None, None
+            member.proof = proof_of(member.boots)
             member.came.clear()
             member.born_at = self.now
 
@@ -289,7 +297,7 @@ class World:
         who = (order.update, order.ticket)
         if go.digest == engine.active:
             engine.came.add((order.update, go.digest))
-            self.say(engine, e.Applied, *who, engine.active, WindowTimes())
+            self.say(engine, e.Applied, *who, engine.active, WindowTimes(), engine.proof)
         elif self.fails(0.05):
             self.say(engine, e.ApplyFailed, *who, "torn", engine.active, torn=True)
             self.send(engine)
@@ -298,19 +306,23 @@ class World:
             self.say(engine, e.ApplyFailed, *who, "undone", engine.active)
         else:
             engine.kept = engine.active if not go.restore else None
-            engine.active = go.digest
+            engine.active, engine.proof = go.digest, proof_of(go.digest)
+            if not self.calm and self.flips.random() < 0.2:
+                engine.proof = (engine.proof[0], f"flipped {self.flips.random()}")
             engine.came.add((order.update, go.digest))
-            self.say(engine, e.Applied, *who, engine.active, WindowTimes())
+            self.say(engine, e.Applied, *who, engine.active, WindowTimes(), engine.proof)
 
     # What must hold.
 
-    def check_ended(self, update: UpdateRecord) -> None:
+    def check_ended(self, update: UpdateRecord, after: State) -> None:
         """Of an update whose end was just written."""
         if update.phase is Phase.COMMITTED:
             self.commits += 1
             self.check_committed(update)
+            self.check_agreed(update, after)
         elif update.phase is Phase.ROLLED_BACK:
             self.rollbacks += 1
+            self.differed += "another fingerprint" in update.reason
             for member in update.members.values():
                 engine = self.engines[member.replica]
                 restored = member.outcome is Outcome.RESTORED and engine.born_at < update.started_at
@@ -337,6 +349,20 @@ class World:
                     raise Broken(f"{update.id} is committed with {member.replica} {member.outcome}")
         if out and (out > share(update.options.max_failed, len(update.members)) or out == len(update.members)):
             raise Broken(f"{update.id} is committed with {out} of {len(update.members)} left behind")
+
+    def check_agreed(self, update: UpdateRecord, after: State) -> None:
+        """Those that this update wrote, that serve it still and that the leader knows of, have the same installed."""
+        proofs = {
+            engine.proof
+            for name, engine in self.engines.items()
+            if name in update.members
+            and name in after.seats
+            and (update.id, update.target_digest) in engine.came
+            and engine.active == update.target_digest
+            and update.members[name].outcome is Outcome.APPLIED
+        }
+        if len(proofs) > 1:
+            raise Broken(f"{update.id} is committed with {proofs}")
 
     # The dice.
 
@@ -425,6 +451,10 @@ class World:
                 raise Broken(f"{name} serves {engine.active}; the coordinator believes {seat.active}")
             if not record.excluded and record.desired and engine.active != record.desired:
                 raise Broken(f"{name} serves {engine.active} and should serve {record.desired}")
+
+
+def proof_of(digest: str) -> tuple[str, ...]:
+    return (f"{digest} rank 0", f"{digest} rank 1") if digest else ()
 
 
 def speaks_go(said: tuple[Order, ...]) -> bool:

@@ -24,4 +24,5 @@ def test_the_seeds_reach_what_they_are_for() -> None:
         world.run(TURNS)
     assert sum(world.commits > 0 for world in worlds) > 15
     assert sum(world.rollbacks > 0 for world in worlds) > 8
+    assert sum(world.differed > 0 for world in worlds) > 0
     assert sum(world.epoch > 1 for world in worlds) > 30

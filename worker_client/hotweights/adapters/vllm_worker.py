@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hotweights.adapters.kind import kind
 from hotweights.adapters.processes import process
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _rank(worker: Any) -> "Rank":
 
 @_answered
 def hotweights_identify(self: Any) -> Status:
-    """Which process this is."""
+    """Which process this is, and of what kind."""
     device = str(getattr(self, "device", "cpu"))
     own = process(os.getpid())
     host = socket.gethostname()
@@ -68,6 +69,7 @@ def hotweights_identify(self: Any) -> Status:
         "host": host,
         "device": device,
         "dtype": str(self.model_config.dtype),
+        "kind": kind(self),
     }
 
 

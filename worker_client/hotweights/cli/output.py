@@ -13,12 +13,24 @@ if TYPE_CHECKING:
     from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
     from google.protobuf.timestamp_pb2 import Timestamp
 
-    from hotweights.v1 import update_pb2
+    from hotweights.v1 import fleet_pb2, update_pb2
 
 NOTHING = "-"
 # Where a terminal is too narrow, these columns wrap, and of these others as many go, in order, as must: names and
 # states stay whole. Whoever wants all of it has --json, and plain columns where no terminal is.
-_MAY_WRAP = {"ENGINE", "HOLDERS", "LAST PAUSE", "MEANING", "NAMES", "NOTE", "PAUSE", "REASON", "SOURCES", "WHAT"}
+_MAY_WRAP = {
+    "ENGINE",
+    "HOLDERS",
+    "LAST PAUSE",
+    "MEANING",
+    "NAMES",
+    "NOTE",
+    "PAUSE",
+    "REASON",
+    "ROUTES",
+    "SOURCES",
+    "WHAT",
+}
 _MAY_GO = ("BUCKETS", "TENSORS", "RANKS", "DIGEST", "PUBLISHED", "ENGINE", "MEANING")
 _WRAPPED_WIDTH = 20
 
@@ -175,3 +187,14 @@ def pause(window: "update_pb2.WindowTimes") -> str:
     return (
         f"{whole:.1f} ms (quiesce {window.quiesce_ms:.1f}, apply {window.apply_ms:.1f}, resume {window.resume_ms:.1f})"
     )
+
+
+def written(routes: "fleet_pb2.Routes") -> str:
+    """By which routes a replica is written, and why not all of it directly."""
+    parts = (
+        ("direct", routes.direct_modules, routes.direct_bytes),
+        ("assembled", routes.assembled_modules, routes.assembled_bytes),
+        ("reload", routes.reload_modules, routes.reload_bytes),
+    )
+    said = " · ".join(f"{route} {counted(modules, 'module')} {size(held)}" for route, modules, held in parts if modules)
+    return f"{said} ({'; '.join(routes.reasons)})" if routes.reasons else said

@@ -55,6 +55,7 @@ def _show(coordinator: "Coordinator", status: "pb.GetStatusResponse", arguments:
         *updates,
         node_table(status.nodes),
         replica_table(status.replicas),
+        *route_tables(status.replicas),
         event_table(status.events, title="last events"),
     )
 
@@ -159,6 +160,18 @@ def replica_table(replicas: "Iterable[fleet_pb2.Replica]") -> "Table":
             replica.note,
         )
     return table
+
+
+def route_tables(replicas: "Iterable[fleet_pb2.Replica]") -> "Iterable[Table]":
+    """Only of replicas that have said how they are written; none where none has."""
+    from hotweights.cli.output import Table, written
+
+    table = Table("routes", ("REPLICA", "ROUTES"))
+    for replica in replicas:
+        if replica.HasField("routes"):
+            table.add(replica.id, written(replica.routes))
+    if table.rows:
+        yield table
 
 
 def _state(replica: "fleet_pb2.Replica") -> str:

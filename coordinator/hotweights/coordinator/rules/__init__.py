@@ -8,6 +8,7 @@ A move that is not allowed raises `Declined` and changes nothing.
     step.py     the table of events      update.py   an update's way through its phases
     fleet.py    who is there             reports.py  what they report
     catalogue.py  versions and policies
+    agreement.py  whether replicas of a version have the same installed
 """
 
 from hotweights.coordinator.rules.orders import Declined, Order

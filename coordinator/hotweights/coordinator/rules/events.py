@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from hotweights.coordinator.rules.orders import Refusal
 from hotweights.coordinator.rules.records import Kind, Options, Policy, Ticket, WindowTimes
+from hotweights.coordinator.rules.state import Routes
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ReplicaAttached(Event):
     open_window: str = ""
     engine: str = ""
     fingerprints: tuple[str, ...] = ()
+    fingerprint_kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Prepared(FromMember):
     update: str
     ticket: Ticket
     base: str
+    routes: Routes | None = None
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def replica_attached(turn: Turn, event: e.ReplicaAttached) -> None:
     present = turn.seats.get(event.replica)
     _same_life(turn, "replica", event.replica, present, event.incarnation)
     model = _model_for(turn, event)
+    same_life = present if present and present.incarnation == event.incarnation else None
     seat = Seat(
         id=event.replica,
         model=model,
@@ -66,8 +67,10 @@ def replica_attached(turn: Turn, event: e.ReplicaAttached) -> None:
         engine=event.engine,
         lease_until=turn.now + turn.limits.lease_s,
         fingerprints=event.fingerprints,
-        window=present.window if present and present.incarnation == event.incarnation else None,
-        heard=present.heard if present and present.incarnation == event.incarnation else None,
+        fingerprint_kind=event.fingerprint_kind,
+        window=same_life.window if same_life else None,
+        routes=same_life.routes if same_life else None,
+        heard=same_life.heard if same_life else None,
     )
     turn.seats.put(event.replica, seat)
     record = turn.replicas.get(event.replica)
@@ -83,8 +86,7 @@ def replica_attached(turn: Turn, event: e.ReplicaAttached) -> None:
             model=model,
             replica=event.replica,
         )
-    new_life = present is None or present.incarnation != event.incarnation
-    _compare(turn, seat, new_life=new_life)
+    _compare(turn, seat, new_life=same_life is None)
     turn.touch(model)
 
 

@@ -66,6 +66,8 @@ def prepared(turn: Turn, seat: Seat, event: e.Prepared) -> None:
     update = _expected(turn, seat, event.update, event.ticket)
     if update is None:
         return
+    if event.routes is not None:
+        turn.seats.put(seat.id, replace(turn.seats[seat.id], routes=event.routes))
     member = update.members[seat.id]
     if member.outcome is Outcome.STAGING:
         turn.put_member(update.id, replace(member, outcome=Outcome.PREPARED, base=event.base))
@@ -109,7 +111,9 @@ def _hear_late(turn: Turn, seat: Seat, event: e.Applied | e.ApplyFailed) -> None
     given_up = not update.phase.is_open or member.outcome is Outcome.RESTORING
     newest = seat.heard is None or (seat.heard.epoch, seat.heard.number) <= (ticket.epoch, ticket.number)
     if given_up and newest:
-        turn.seats.put(seat.id, replace(turn.seats[seat.id], active=event.active, open_window="", heard=ticket))
+        fingerprints = event.fingerprints if isinstance(event, e.Applied) else ()
+        serving = turn.seats[seat.id].serving(event.active, fingerprints)
+        turn.seats.put(seat.id, replace(serving, open_window="", heard=ticket))
         turn.touch(seat.model)
 
 
@@ -156,8 +160,8 @@ def apply_failed(turn: Turn, seat: Seat, event: e.ApplyFailed) -> None:
     if member is None:
         _hear_late(turn, seat, event)
         return
-    changed = replace(turn.seats[seat.id], active=event.active, open_window="", note=event.reason, heard=event.ticket)
-    turn.seats.put(seat.id, changed)
+    serving = turn.seats[seat.id].serving(event.active)
+    turn.seats.put(seat.id, replace(serving, open_window="", note=event.reason, heard=event.ticket))
     if member.outcome is Outcome.RESTORING:
         outcome = Outcome.TORN if event.torn else Outcome.DIVERGED
         turn.put_member(event.update, replace(member, outcome=outcome, reason=event.reason))
@@ -194,16 +198,8 @@ def _call_back(turn: Turn, seat: Seat, update_id: str) -> None:
 
 
 def active_changed(turn: Turn, seat: Seat, event: e.ActiveChanged) -> None:
-    turn.seats.put(
-        seat.id,
-        replace(
-            turn.seats[seat.id],
-            active=event.active,
-            identifying=False,
-            fingerprints=event.fingerprints or seat.fingerprints,
-            note=event.note,
-        ),
-    )
+    serving = turn.seats[seat.id].serving(event.active, event.fingerprints)
+    turn.seats.put(seat.id, replace(serving, identifying=False, note=event.note))
     turn.touch(seat.model)
 
 

@@ -31,8 +31,24 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Routes:
+    """How an image is written into a replica, summed over its ranks; and why modules are not written directly."""
+
+    direct_modules: int = 0
+    direct_bytes: int = 0
+    assembled_modules: int = 0
+    assembled_bytes: int = 0
+    reload_modules: int = 0
+    reload_bytes: int = 0
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Seat:
-    """A replica's presence. `heard` is the newest order that a window was reported for."""
+    """A replica's presence. `heard` is the newest order that a window was reported for.
+
+    `fingerprints` are of what is `active`; replicas of another `fingerprint_kind` have others for the same.
+    """
 
     id: str
     model: str
@@ -47,9 +63,16 @@ class Seat:
     lease_until: float
     connected: bool = True
     fingerprints: tuple[str, ...] = ()
+    fingerprint_kind: str = ""
+    routes: Routes | None = None
     window: WindowTimes | None = None
     note: str = ""
     heard: Ticket | None = None
+
+    def serving(self, active: str, fingerprints: tuple[str, ...] = ()) -> "Seat":
+        """It said so; fingerprints that were not said again are kept only for the same digest."""
+        kept = self.fingerprints if active == self.active else ()
+        return replace(self, active=active, fingerprints=fingerprints or kept)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ likes. A replica in doubt is rolled back, never assumed untouched.
 
 from dataclasses import replace
 
+from hotweights.coordinator.rules.agreement import doubt_restored, note_differences
 from hotweights.coordinator.rules.orders import Declined, End, NoteKind, Prepare, Stage
 from hotweights.coordinator.rules.records import (
     Decision,
@@ -165,26 +166,39 @@ def _advance_applying(turn: Turn, update: UpdateRecord) -> None:
         update = turn.updates[update.id]
         last = max(m.wave for m in update.members.values())
         if update.wave >= last:
-            if any(m.outcome is Outcome.APPLIED for m in update.members.values()):
-                commit(turn, update)
-            else:
-                abort(turn, update, update.reason or "no replica applied it")
+            _decide(turn, update)
             return
         turn.put_update(replace(update, wave=update.wave + 1))
+
+
+def _decide(turn: Turn, update: UpdateRecord) -> None:
+    """All waves are through, and who applied agrees as far as this leader knows.
+
+    A new leader knows once it has heard of each again, or a lease is over.
+    """
+    applied = [m.replica for m in update.members.values() if m.outcome is Outcome.APPLIED]
+    if not applied:
+        abort(turn, update, update.reason or "no replica applied it")
+    elif not any(turn.seats.get(name) is None and not turn.seat_lost(update.model, name) for name in applied):
+        commit(turn, update)
 
 
 def _send_wave(turn: Turn, update_id: str) -> bool:
     """Gives GO to whom it can in the present wave; whether that wave is through.
 
-    Who failed comes first: a GO must not be told in the same breath as the ABORT that revokes it.
+    Who failed or differs comes first: a GO must not be told in the same breath as the ABORT that revokes it.
     """
     for member in _wave(turn, update_id):
         if member.outcome is Outcome.STAGING:
             _make_ready_again(turn, update_id, member)
         elif member.outcome is Outcome.PREPARED and turn.seat_lost(turn.updates[update_id].model, member.replica):
             fail_member(turn, update_id, member.replica, "out of contact")
+        elif member.outcome is Outcome.PREPARED:
+            _spare(turn, update_id, member)
         if turn.updates[update_id].phase is not Phase.APPLYING:
             return False
+    if not _agree(turn, turn.updates[update_id]):
+        return False
     for member in _wave(turn, update_id):
         if member.outcome is Outcome.PREPARED:
             _go(turn, update_id, member)
@@ -209,6 +223,30 @@ def _make_ready_again(turn: Turn, update_id: str, member: Member) -> None:
         make_ready(turn, update_id, member)
 
 
+def _agree(turn: Turn, update: UpdateRecord) -> bool:
+    """Whether all that serve the target have the same installed; else the update is aborted, whatever its policy.
+
+    Looked at before every GO and before COMMIT, so that a new leader finds what an old one was told.
+    """
+    if not any(member.outcome is Outcome.APPLIED for member in update.members.values()):
+        return True
+    found = note_differences(turn, update, update.target_digest)
+    if not found:
+        return True
+    more = f"; {len(found) - 1} more differ" if len(found) > 1 else ""
+    abort(turn, update, found[0].reason + more)
+    return False
+
+
+def _spare(turn: Turn, update_id: str, member: Member) -> None:
+    """One that serves the target already needs no GO."""
+    seat, update = turn.seats.get(member.replica), turn.updates[update_id]
+    serves = seat is not None and seat.connected and seat.active == update.target_digest
+    if serves and not _busy(turn, update_id, member.replica):
+        turn.desire(update.model, member.replica, update.target_digest)
+        turn.put_member(update_id, replace(member, outcome=Outcome.APPLIED, reason="served it already"))
+
+
 def _go(turn: Turn, update_id: str, member: Member) -> None:
     """Desired becomes the target durably before GO is spoken: both leave in one write."""
     seat = turn.seats.get(member.replica)
@@ -216,10 +254,6 @@ def _go(turn: Turn, update_id: str, member: Member) -> None:
         return
     update = turn.updates[update_id]
     turn.desire(update.model, member.replica, update.target_digest)
-    if seat.active == update.target_digest:
-        done = replace(member, outcome=Outcome.APPLIED, reason="served it already")
-        turn.put_member(update_id, done)
-        return
     ticket = tell_apply(turn, update, seat, update.target_digest, restore=False)
     turn.put_member(update_id, replace(member, outcome=Outcome.APPLYING, ticket=ticket))
 
@@ -340,6 +374,7 @@ def _advance_rolling_back(turn: Turn, update: UpdateRecord) -> None:
     update = turn.updates[update.id]
     waiting = [m for m in update.members.values() if m.ticket and m.outcome not in RESTED]
     if not waiting:
+        update = doubt_restored(turn, update)
         ended = replace(update, phase=Phase.ROLLED_BACK, ended_at=turn.now)
         turn.put_update(ended)
         _ended(turn, ended, f"{update.id}: rolled back, {update.reason}")

@@ -23,6 +23,9 @@ ENDPOINT_LENGTH_MAX = 300
 DIGESTS_MAX = 10_000
 RANKS_MAX = 1024
 FINGERPRINT_BYTES_MAX = 64
+FINGERPRINT_KIND_LENGTH_MAX = 128
+ROUTE_REASONS_MAX = 8
+ROUTE_REASON_LENGTH_MAX = 300
 
 _TRANSPORT = re.compile(r"[a-z][a-z0-9+._-]*")
 
@@ -89,6 +92,18 @@ def fingerprints(said: Sequence[bytes]) -> tuple[str, ...]:
             f"of up to {FINGERPRINT_BYTES_MAX} bytes each"
         )
     return tuple(item.hex() for item in said)
+
+
+def fingerprint_kind(said: str) -> str:
+    """Cut, two kinds could become one. Raises Refused."""
+    if len(said) > FINGERPRINT_KIND_LENGTH_MAX:
+        raise bad_hello(f"a fingerprint kind has {len(said)} characters, more than {FINGERPRINT_KIND_LENGTH_MAX}")
+    return said
+
+
+def route_reasons(said: Sequence[str]) -> tuple[str, ...]:
+    """The first of them."""
+    return tuple(text(reason, ROUTE_REASON_LENGTH_MAX) for reason in said[:ROUTE_REASONS_MAX])
 
 
 def _bad_digest(message: str) -> Refused:

@@ -11,8 +11,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hotweights.coordinator.rules import orders as o
 from hotweights.coordinator.rules import records as r
 from hotweights.coordinator.rules.orders import Declined
-from hotweights.coordinator.rules.state import Node, Seat, State
+from hotweights.coordinator.rules.state import Node, Routes, Seat, State
 from hotweights.coordinator.rules.turn import Turn
+from hotweights.coordinator.service import bounds
 from hotweights.v1 import fleet_pb2, model_pb2, update_pb2
 
 E = TypeVar("E", bound=Enum)
@@ -95,6 +96,30 @@ def window_message(window: r.WindowTimes) -> update_pb2.WindowTimes:
 
 def window_from(message: update_pb2.WindowTimes) -> r.WindowTimes:
     return r.WindowTimes(message.quiesce_ms, message.apply_ms, message.resume_ms, message.total_ms)
+
+
+def routes_message(routes: Routes) -> fleet_pb2.Routes:
+    return fleet_pb2.Routes(
+        direct_modules=routes.direct_modules,
+        direct_bytes=routes.direct_bytes,
+        assembled_modules=routes.assembled_modules,
+        assembled_bytes=routes.assembled_bytes,
+        reload_modules=routes.reload_modules,
+        reload_bytes=routes.reload_bytes,
+        reasons=routes.reasons,
+    )
+
+
+def routes_from(message: fleet_pb2.Routes) -> Routes:
+    return Routes(
+        direct_modules=message.direct_modules,
+        direct_bytes=message.direct_bytes,
+        assembled_modules=message.assembled_modules,
+        assembled_bytes=message.assembled_bytes,
+        reload_modules=message.reload_modules,
+        reload_bytes=message.reload_bytes,
+        reasons=bounds.route_reasons(message.reasons),
+    )
 
 
 def model_message(state: State, model: r.ModelRecord) -> model_pb2.Model:
@@ -192,10 +217,13 @@ def _add_seat(message: fleet_pb2.Replica, turn: Turn, record: r.ReplicaRecord, s
     message.active_version = turn.version_of(record.model, seat.active)
     message.active_digest = bytes.fromhex(seat.active)
     message.fingerprints.extend(bytes.fromhex(text) for text in seat.fingerprints)
+    message.fingerprint_kind = seat.fingerprint_kind
     message.engine = seat.engine
     message.note = seat.note
     for index, node, pid in seat.ranks:
         message.ranks.add(index=index, node_id=node, pid=pid)
+    if seat.routes is not None:
+        message.routes.CopyFrom(routes_message(seat.routes))
     if seat.window is not None:
         message.last_window.CopyFrom(window_message(seat.window))
 

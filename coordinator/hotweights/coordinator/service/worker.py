@@ -187,6 +187,7 @@ def _attached(now: float, session: str, hello: pb.Hello) -> e.Event:
         open_window=bounds.checked_id(replica.open_window, "an open window"),
         engine=bounds.text(replica.engine, bounds.ENGINE_LENGTH_MAX),
         fingerprints=bounds.fingerprints(replica.fingerprints),
+        fingerprint_kind=bounds.fingerprint_kind(replica.fingerprint_kind),
     )
 
 
@@ -229,7 +230,9 @@ def _replica_report(who: tuple[float, str, str], ticket: Ticket, report: pb.Repo
     update = report.update_id
     match report.WhichOneof("event"):
         case "prepared":
-            return e.Prepared(*who, update, ticket, bounds.digest(report.prepared.base_digest))
+            prepared = report.prepared
+            routes = convert.routes_from(prepared.routes) if prepared.HasField("routes") else None
+            return e.Prepared(*who, update, ticket, bounds.digest(prepared.base_digest), routes)
         case "prepare_failed":
             return e.PrepareFailed(*who, update, ticket, bounds.text(report.prepare_failed.reason))
         case "applied":

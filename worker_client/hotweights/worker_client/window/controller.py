@@ -189,6 +189,7 @@ class ReplicaController:
             open_window=self._open_window,
             fingerprints=self.fingerprints,
             identifying=not self._identified and not self.active_digest,
+            fingerprint_kind=self._processes.kind,
         )
         return pb.Hello(replica=replica)
 

@@ -1,16 +1,18 @@
 """Who an engine is and what it serves, found out before any order and beside everything else.
 
-ranks --identify--> processes, devices        folder it was started from --the agent hashes it--> digest
+ranks --identify--> processes, devices, kind  folder it was started from --the agent hashes it--> digest
                                               live parameters --ranks hash them--> fingerprints
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from blake3 import blake3
 
 from hotweights.wire.errors import HotweightsError, Refused
 from hotweights.worker_client.window.engine import Engine, EngineFailed, Process
@@ -33,6 +35,7 @@ FINGERPRINT_DEADLINE_S = 600.0
 POLL_S = 0.02
 AGAIN_S = 0.5
 RETRY_S = 5.0
+KIND_BYTES = 8
 
 # What may go wrong outside this process; anything else is a bug and ends the controller with its traceback.
 FAILED = (HotweightsError, EngineFailed, Unanswered, Unproven, OSError)
@@ -60,6 +63,8 @@ class Processes:
     """The ranks first, then the engine cores."""
     lose_weights_asleep: bool = False
     """Whether sleep level 2 discards weights: a device's are, those in host memory are not (FACTS)."""
+    kind: str = ""
+    """Replicas of the same kind have the same fingerprints of the same image; empty is compared with nobody."""
 
 
 async def meet(engine: Engine) -> Processes:
@@ -74,7 +79,13 @@ async def meet(engine: Engine) -> Processes:
         rank_pids=tuple(rank.pid for rank in ranks),
         all=tuple(dict.fromkeys((*ranks, *cores))),
         lose_weights_asleep=any(not str(answer["device"]).startswith("cpu") for answer in answers),
+        kind=_combined([str(answer.get("kind", "")) for answer in answers]),
     )
+
+
+def _combined(kinds: Sequence[str]) -> str:
+    """The replica's kind, of its ranks' in their order; empty where a rank has none."""
+    return blake3("\n".join(kinds).encode()).hexdigest(length=KIND_BYTES) if kinds and all(kinds) else ""
 
 
 async def identify_folder(connect: Callable[[], Awaitable[Images]], folder: Path) -> tuple[bytes, str]:
