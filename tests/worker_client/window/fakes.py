@@ -105,7 +105,9 @@ class FakeEngine:
     def _prepared(self, rank: int) -> Status:
         expected = self.expected(rank) if self.expects else b""
         told = {"fingerprint": self.proof(rank), "expected": expected, "caches_spoilt": self.caches_spoilt}
-        return {"done": True, "routes": {}, **told}
+        reasons = [f"layer {rank}: for a reason", "all: packed"]
+        routes = {"direct": (3, 30), "assembled": (0, 0), "reload": (rank, 7 * rank), "reasons": reasons}
+        return {"done": True, "routes": routes, **told}
 
     def _apply(self, rank: int, folder: str) -> Status:
         assert self.paused

@@ -226,3 +226,10 @@ async def test_what_would_install_something_else_than_before_is_refused_before_t
     failed = (await bench.apply(V2)).apply_failed
     assert "another fingerprint" in failed.reason
     assert "pause" not in bench.engine.calls
+
+
+async def test_the_routes_of_all_ranks_are_reported_together(bench: Bench) -> None:
+    routes = (await bench.prepare(V2)).prepared.routes
+    assert (routes.direct_modules, routes.direct_bytes) == (6, 60)
+    assert (routes.reload_modules, routes.reload_bytes) == (1, 7)
+    assert list(routes.reasons) == ["layer 0: for a reason", "all: packed", "layer 1: for a reason"]

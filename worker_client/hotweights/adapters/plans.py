@@ -65,6 +65,6 @@ class Plans:
             installed.close()
 
     def written(self, before: bytes, after: bytes) -> None:
-        """An update wrote, by the plan, another digest: what was proven holds for that too. Empty: that is not known."""
+        """An update wrote another digest by the plan: what was proven holds for that too. Empty: that is not known."""
         if after and before in self._proven_with:
             self._proven_with = [*self._proven_with, after][-KEPT:]

@@ -263,6 +263,9 @@ class ReplicaController:
             return
         report.prepared.manifest_digest = order.manifest_digest
         report.prepared.base_digest = self.active_digest
+        held = self._preparing.prepared
+        if held is not None and held.digest == order.manifest_digest:
+            report.prepared.routes.CopyFrom(held.routes)
 
     async def _prepare(self, digest: bytes, deadline_s: float) -> None:
         """The agent maps, every rank checks. Raises PrepareRefused and what fails outside.

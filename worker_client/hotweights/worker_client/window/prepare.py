@@ -9,7 +9,9 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from hotweights.v1 import fleet_pb2
 from hotweights.wire.errors import HotweightsError
 from hotweights.worker_client.window.engine import Engine, Status
 from hotweights.worker_client.window.identify import FAILED, Images
@@ -21,6 +23,7 @@ CALL_DEADLINE_S = 10.0
 RELEASE_DEADLINE_S = 60.0
 RELEASE_POLL_S = 0.1
 POLL_S = 0.02
+REASONS_MAX = 8
 
 
 class PrepareRefused(Exception):
@@ -39,6 +42,8 @@ class Prepared:
     """What they will prove to serve; empty where that shows only then."""
     checked_finite: bool
     caches_spoilt: bool
+    routes: fleet_pb2.Routes
+    """Of all ranks together."""
 
 
 class Preparing:
@@ -113,7 +118,13 @@ class Preparing:
         spoilt = any(answer.get("caches_spoilt") for answer in answers)
         expected = fingerprints(answers, "expected")
         self.prepared = Prepared(
-            digest, folder, fingerprints(answers), expected if all(expected) else (), check_finite, spoilt
+            digest=digest,
+            folder=folder,
+            before=fingerprints(answers),
+            expected=expected if all(expected) else (),
+            checked_finite=check_finite,
+            caches_spoilt=spoilt,
+            routes=_routes([answer["routes"] for answer in answers]),
         )
         return self.prepared
 
@@ -159,3 +170,14 @@ class Preparing:
         """Lets go of the agent."""
         if self._agent is not None:
             await self._agent.close()
+
+
+def _routes(of_ranks: list[Mapping[str, Any]]) -> fleet_pb2.Routes:
+    """The sum; each reason once."""
+    summed = {
+        f"{route}_{what}": sum(int(rank[route][at]) for rank in of_ranks)
+        for route in ("direct", "assembled", "reload")
+        for at, what in enumerate(("modules", "bytes"))
+    }
+    reasons = list(dict.fromkeys(str(reason) for rank in of_ranks for reason in rank["reasons"]))
+    return fleet_pb2.Routes(**summed, reasons=reasons[:REASONS_MAX])
