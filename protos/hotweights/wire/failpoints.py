@@ -55,7 +55,7 @@ POINTS = (
     Point("window.report", "controller", "the engine goes on, the coordinator has not heard of it"),
     Point("prepare.start", "rank", "a rank begins to prepare"),
     Point("apply.start", "rank", "a rank begins to apply, nothing is written"),
-    Point("apply.tensor", "rank", "between two tensors of an apply", "tensors consumed"),
+    Point("apply.tensor", "rank", "between two writes of an apply", "writes done, by reload tensors"),
     Point("apply.end", "rank", "everything is written, nothing is proven"),
     Point("undo.start", "rank", "a rank begins to undo"),
 )

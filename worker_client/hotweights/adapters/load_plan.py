@@ -151,7 +151,7 @@ def record_beside(live: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) ->
 def _computed(before: dict[str, Any], twin: torch.nn.Module) -> Iterator[str]:
     """Attributes, registered tensors apart, in which the loader left tensors."""
     for name, value in twin.__dict__.items():
-        if name not in REGISTRIES and before.get(name) is not value and any(_tensors(value)):
+        if name not in REGISTRIES and before.get(name) is not value and next(_tensors(value), None) is not None:
             yield name
 
 

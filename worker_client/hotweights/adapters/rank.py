@@ -279,7 +279,7 @@ class Rank:
         return self._prepared.made.update.prove_written()
 
     def undo(self, *, clear_caches: bool = False) -> None:
-        """Puts back what was served before the apply, and reads it back. Raises NotProven."""
+        """Puts back what was served before the apply."""
         held = self._prepared
         if held is None:
             raise RankRefused("nothing is kept to go back to")
@@ -292,7 +292,11 @@ class Rank:
                 self._clear_caches("the engine ran on the version that is taken back")
             self.synchronize()
             self._served, held.applied = held.specs_before, False
-        held.made.update.prove_undone()
+
+    def prove_undone(self) -> None:
+        """Reads back what the undo put back. Raises NotProven."""
+        assert self._prepared is not None
+        self._prepared.made.update.prove_undone()
 
     def _clear_caches(self, reason: str) -> None:
         log.info("clearing the KV cache: %s", reason)

@@ -102,7 +102,9 @@ class Twins:
         from vllm.model_executor.model_loader.reload import layerwise, meta
 
         for twin in self.of.values():
-            meta.restore_layer_on_meta(twin, layerwise.get_layerwise_info(twin))
+            info = layerwise.get_layerwise_info(twin)
+            if any(info.restore_metadata):  # else it is as vLLM created it, or vLLM did not create it
+                meta.restore_layer_on_meta(twin, info)
 
     def forget(self) -> None:
         """Takes the twins out of the reload's books and breaks their cycles: their memory goes with its last user."""

@@ -135,8 +135,12 @@ def hotweights_undo(self: Any, options: dict[str, Any] | None = None) -> Status:
 
     `options`: `clear_caches` (False) zeros the KV cache too: for when the engine has run since the apply.
     """
-    _rank(self).undo(clear_caches=bool((options or {}).get("clear_caches")))
-    return {}
+    start = time.perf_counter()
+    rank = _rank(self)
+    rank.undo(clear_caches=bool((options or {}).get("clear_caches")))
+    undid = time.perf_counter()
+    rank.prove_undone()
+    return {"write_ms": (undid - start) * 1000, "proof_ms": (time.perf_counter() - undid) * 1000}
 
 
 @_answered

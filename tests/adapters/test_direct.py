@@ -1,0 +1,268 @@
+"""Which modules are written directly: only those of which nothing else is known to be made."""
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hotweights.adapters.direct import split
+from hotweights.adapters.mapped import MappedImage
+from hotweights.adapters.plans import Plans
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+class Leaf(torch.nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(shape), requires_grad=False)
+
+
+class Model(torch.nn.Module):
+    """Four leaves, loaded by their names; `q` and `k` of a checkpoint are fused in `two`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three, self.four = Leaf(6, 4), Leaf(6, 4), Leaf(4), Leaf(4)
+        self.loads = 0
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        self.loads += 1
+        for name, tensor in weights:
+            if name in ("q", "k"):
+                self.two.weight.data.narrow(0, 3 * (name == "k"), 3).copy_(tensor)
+            else:
+                self.get_parameter(name).data.copy_(tensor)
+        return set()
+
+
+SHAPES = {"one.weight": (6, 4), "q": (3, 4), "k": (3, 4), "three.weight": (4,), "four.weight": (4,)}
+ALL = {"one", "two", "three", "four"}
+
+
+def an_image(folder: Path, **changes: Any) -> MappedImage:
+    folder.mkdir()
+    tensors = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    save_file({**tensors, **changes}, folder / "model.safetensors")
+    return MappedImage(folder, {})
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> MappedImage:
+    return an_image(tmp_path / "v1")
+
+
+@pytest.fixture
+def model(image: MappedImage) -> Model:
+    model = Model()
+    model.load_weights(image)
+    return model
+
+
+def direct(model: Model, image: MappedImage) -> tuple[set[str], dict[str, str]]:
+    plan = Plans().plan(model, image)
+    assert plan is not None
+    found = split(model, plan, plan.differing(model, image.tensors))
+    names = {module: name for name, module in model.named_modules()}
+    assert found.direct | found.rest == set(model.modules())
+    return {names[module] for module in found.direct}, dict(found.reasons)
+
+
+def test_plain_modules_are_all_direct(model: Model, image: MappedImage) -> None:
+    assert direct(model, image) == (ALL, {})
+
+
+def test_a_module_that_holds_something_else_than_its_plan_gives_is_not(model: Model, image: MappedImage) -> None:
+    model.two.weight.data[5, 3] += 1
+    found, reasons = direct(model, image)
+    assert found == ALL - {"two"}
+    assert reasons == {"two": "weight holds something else than k gives"}
+
+
+def test_a_module_that_keeps_another_form_is_not(model: Model, image: MappedImage) -> None:
+    plans = Plans()
+    plan = plans.plan(model, image)
+    assert plan is not None
+    model.one.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+    del model.three.weight
+    assert plan.differing(model, image.tensors) == {
+        "one.weight": "is kept in another form after loading",
+        "three.weight": "is not kept after loading",
+    }
+
+
+def test_modules_that_share_memory_go_the_same_way(model: Model, image: MappedImage) -> None:
+    model.four.weight = model.three.weight
+    model.four.__dict__["kept"] = torch.ones(3)
+    assert direct(model, image) == ({"one", "two"}, {"three": "it goes with four"})
+
+
+def test_modules_that_are_made_from_one_tensor_go_the_same_way(tmp_path: Path) -> None:
+    class Twice(Model):
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            tensors = dict(weights)
+            tensors["four.weight"] = tensors["three.weight"]
+            return super().load_weights(tensors.items())
+
+    image, model = an_image(tmp_path / "v1"), Twice()
+    model.load_weights(image)
+    model.four.__dict__["packed"] = [torch.ones(4)]
+    found, reasons = direct(model, image)
+    assert found == {"one", "two"}
+    assert reasons["three"] == "it goes with four"
+
+
+class _Processes(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.__dict__["friend"] = None
+
+    def process_weights_after_loading(self, dtype: torch.dtype) -> None:
+        """As latent attention multiplies matrices of its parts together."""
+
+
+def test_what_a_module_with_processing_of_its_own_computes_from_is_not(model: Model, image: MappedImage) -> None:
+    attention = _Processes(torch.nn.Linear(1, 1))
+    attention.inner = model.one
+    attention.__dict__["friend"] = model.three
+    model.attention = attention
+    found, reasons = direct(model, image)
+    assert found == {"two", "four"}
+    assert "processes weights after loading" in reasons["one"]
+    assert "processes weights after loading" in reasons["three"]
+
+
+def test_experts_that_move_are_not(model: Model, image: MappedImage) -> None:
+    model.two.__dict__["enable_eplb"] = True
+    found, reasons = direct(model, image)
+    assert found == ALL - {"two"}
+    assert "moves its experts" in reasons["two"]
+
+
+@pytest.mark.parametrize("attribute", ["closure", "default", "list", "dict", "tensor"])
+def test_a_layer_that_computes_from_something_beside_its_parameters_is_not(
+    model: Model, image: MappedImage, attribute: str
+) -> None:
+    kept = torch.ones(4)
+
+    def captured(x: torch.Tensor) -> torch.Tensor:
+        return x * kept
+
+    held: Any = {
+        "closure": captured,
+        "default": lambda x, weight=kept: x * weight,
+        "list": [(kept,)],
+        "dict": {"a": kept},
+        "tensor": kept,
+    }[attribute]
+    model.three.__dict__["kept"] = held
+    assert direct(model, image)[0] == ALL - {"three"}
+
+
+def test_a_view_of_what_is_written_is_not_something_beside_it(model: Model, image: MappedImage) -> None:
+    model.one.__dict__["gate"] = [lambda x, weight=model.one.weight[:3]: x @ weight.t()]
+    assert direct(model, image)[0] == ALL
+
+
+def test_a_quantised_layer_is_not(model: Model, image: MappedImage) -> None:
+    class Fp8LinearMethod:
+        pass
+
+    model.one.__dict__["quant_method"] = Fp8LinearMethod()
+    found, reasons = direct(model, image)
+    assert found == ALL - {"one"}
+    assert "Fp8LinearMethod" in reasons["one"]
+
+
+def test_a_module_on_which_the_loader_leaves_tensors_is_not(tmp_path: Path) -> None:
+    class Computes(Model):
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            super().load_weights(weights)
+            self.two.absorbed = self.two.weight[:3] @ self.two.weight[3:].t()
+            return set()
+
+    image, model = an_image(tmp_path / "v1"), Computes()
+    model.load_weights(image)
+    del model.two.absorbed
+    found, reasons = direct(model, image)
+    assert found == ALL - {"two"}
+    assert reasons == {"two": "the loader makes its absorbed"}
+
+
+# The plan: once, and as long as it holds.
+
+
+def test_recording_leaves_the_model_alone_and_is_done_once_a_layout(model: Model, tmp_path: Path) -> None:
+    one, two = an_image(tmp_path / "a"), an_image(tmp_path / "b")
+    wider = an_image(tmp_path / "c", extra=torch.ones(1))
+    before, loads = {name: p.clone() for name, p in model.named_parameters()}, model.loads
+    plans = Plans()
+    plan = plans.plan(model, one)
+    assert plans.plan(model, two) is plan
+    assert plans.plan(model, wider) is None, "its loader knows no such tensor"
+    again = plans.plan(model, one)
+    assert again is not plan
+    assert again == plan
+    model.one.weight = torch.nn.Parameter(model.one.weight.clone(), requires_grad=False)
+    assert plans.plan(model, one) is not again, "another tensor stands there"
+    assert model.loads == loads, "it ran on twins"
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_plan_is_proven_with_the_image_that_is_installed(model: Model, image: MappedImage, tmp_path: Path) -> None:
+    other, plans = an_image(tmp_path / "v2"), Plans()
+    assert plans.split(model, other, None, b"v1").direct == frozenset()
+    assert set(plans.split(model, other, None, b"v1").reasons.values()) == {
+        "the version that is installed is not known here"
+    }
+    assert plans.split(model, other, lambda: an_image(tmp_path / "v3"), b"v1").direct == frozenset()
+
+
+def test_a_proof_holds_for_what_was_written_by_the_plan_and_for_nothing_else(
+    model: Model, image: MappedImage, tmp_path: Path
+) -> None:
+    opened, plans = [], Plans()
+
+    def base() -> MappedImage:
+        opened.append(1)
+        return MappedImage(image.folder, {})
+
+    def count(serving: bytes) -> int:
+        return len(plans.split(model, image, base if serving == b"v1" else None, serving).direct)
+
+    assert count(b"v1") == len(ALL)
+    assert count(b"v1") == len(ALL)
+    assert len(opened) == 1
+    plans.written(b"v1", b"v2")
+    assert count(b"v2") == len(ALL)
+    plans.written(b"v2", b"")  # by a reload in the pause
+    plans.written(b"", b"v4")
+    assert count(b"v4") == 0
+    plans.written(b"stranger", b"v5")
+    assert count(b"v5") == 0
+
+
+def test_a_loader_that_leads_to_what_serves_is_not_recorded(image: MappedImage) -> None:
+    serving = SimpleNamespace(model=None)
+
+    class Escapes(Model):
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            serving.model.one.weight.data.zero_()
+            return set()
+
+    model = serving.model = Escapes()
+    before, plans = model.one.weight.clone(), Plans()
+    assert plans.plan(model, image) is None
+    assert torch.equal(model.one.weight, before)
+    (reason,) = {*plans.split(model, image, lambda: image, b"v1").reasons.values()}
+    assert "leads to tensors that serve" in reason

@@ -1,0 +1,153 @@
+"""Writes: exactly what differs, there and back, and proofs that tell."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from hotweights.adapters.writes import Elements, Function, Whole, Write, difference, proof_of
+
+SIZE = 16 * 1024
+Change = Callable[[torch.Tensor], None]
+
+
+def drawn(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(SIZE).to(dtype)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.view(torch.uint8).numpy())
+
+
+def made(live: torch.Tensor, new: torch.Tensor) -> Write | None:
+    return difference(live.untyped_storage(), new.untyped_storage(), live.element_size(), [(live, new)])
+
+
+def few(tensor: torch.Tensor) -> None:
+    tensor[torch.randperm(SIZE)[: SIZE // 100]] += 1
+
+
+def a_row(tensor: torch.Tensor) -> None:
+    tensor[4096:4608] += 1
+
+
+def a_quarter_in_pieces(tensor: torch.Tensor) -> None:
+    tensor.view(-1, 64)[:, :16] += 1
+
+
+def most(tensor: torch.Tensor) -> None:
+    tensor += 1
+
+
+def the_last(tensor: torch.Tensor) -> None:
+    tensor[-1] += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [(few, Elements), (a_row, Elements), (a_quarter_in_pieces, Elements), (most, Whole), (the_last, Elements)],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_a_write_goes_there_and_back_bit_for_bit(change: Change, kind: type[Write], dtype: torch.dtype) -> None:
+    live = drawn(dtype)
+    before, new = live.clone(), live.clone()
+    change(new)
+    write = made(live, new)
+    assert isinstance(write, kind)
+    assert write.proof() == write.old_proof != write.new_proof
+    for _ in range(2):
+        write.write()
+        assert bits(live) == bits(new)
+        assert write.proof() == write.new_proof
+        write.undo()
+        assert bits(live) == bits(before)
+        assert write.proof() == write.old_proof
+
+
+def test_a_write_takes_no_more_bytes_than_it_must() -> None:
+    live = drawn()
+    for change, limit in ((few, SIZE // 100 * 2), (a_row, 512 * 2), (a_quarter_in_pieces, SIZE // 2), (the_last, 2)):
+        new = live.clone()
+        change(new)
+        write = made(live, new)
+        assert write is not None
+        assert write.new_bytes <= limit
+
+
+def test_what_is_equal_is_not_written() -> None:
+    live = drawn()
+    live[3] = float("nan")
+    assert made(live, live.clone()) is None
+
+
+@pytest.mark.parametrize(("was", "now"), [(0.0, -0.0), (float("nan"), float("inf"))])
+def test_values_that_compare_equal_or_not_at_all_are_told_apart_by_their_bits(was: float, now: float) -> None:
+    live = drawn()
+    live[5] = was
+    new = live.clone()
+    new[5] = now
+    write = made(live, new)
+    assert write is not None
+    write.write()
+    assert bits(live) == bits(new)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 255, 4097])
+def test_storages_of_any_length_are_written(size: int) -> None:
+    live = torch.arange(size, dtype=torch.int16)
+    new = live.clone()
+    new[-1] += 1
+    write = made(live, new)
+    assert write is not None
+    write.write()
+    assert bits(live) == bits(new)
+
+
+def test_a_storage_of_values_of_several_sizes_is_written_by_bytes() -> None:
+    live, new = torch.zeros(1001, dtype=torch.uint8), torch.zeros(1001, dtype=torch.uint8)
+    new[1000] = 9
+    write = difference(live.untyped_storage(), new.untyped_storage(), 1, [(live, new)])
+    assert write is not None
+    assert write.new_bytes == 1
+    write.write()
+    assert bits(live) == bits(new)
+
+
+def test_a_proof_shows_what_was_not_written_and_what_was_spoilt() -> None:
+    live = drawn()
+    for change in (few, most):
+        new = live.clone()
+        change(new)
+        changed = int((new != live).nonzero()[0])
+        write = made(live, new)
+        assert write is not None
+        write.write()
+        live[changed] += 2
+        assert write.proof() != write.new_proof
+        write.undo()
+
+
+def test_the_proof_of_bytes_shows_each_flipped_bit_and_blocks_that_changed_places() -> None:
+    data = torch.randint(0, 256, (3 * 8192 + 5,), dtype=torch.uint8)
+    proof = proof_of(data)
+    for at in (0, 8191, 8192, 3 * 8192 - 1, 3 * 8192, len(data) - 1):
+        data[at] ^= 1
+        assert proof_of(data) != proof, at
+        data[at] ^= 1
+    assert proof_of(data) == proof
+    swapped = torch.cat([data[8192:16384], data[:8192], data[16384:]])
+    assert proof_of(swapped) != proof
+
+
+def test_a_packed_layer_gets_its_function_and_its_old_one_back() -> None:
+    layer = torch.nn.Linear(2, 2)
+    layer.__dict__["cpu_linear"] = old = lambda x: x
+    write = Function(layer, "cpu_linear", lambda x: x + 1, old)
+    assert write.proof() == write.old_proof
+    write.write()
+    assert write.proof() == write.new_proof
+    layer.__dict__["cpu_linear"] = None
+    assert write.proof() not in (write.old_proof, write.new_proof)
+    write.undo()
+    assert layer.__dict__["cpu_linear"] is old
