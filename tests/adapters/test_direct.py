@@ -100,7 +100,10 @@ def test_a_module_that_keeps_another_form_is_not(model: Model, image: MappedImag
     }
 
 
-def test_modules_that_share_memory_go_the_same_way(model: Model, image: MappedImage) -> None:
+def test_modules_that_share_memory_go_the_same_way(tmp_path: Path) -> None:
+    tied = torch.randn(4)
+    image, model = an_image(tmp_path / "v1", **{"three.weight": tied, "four.weight": tied.clone()}), Model()
+    model.load_weights(image)
     model.four.weight = model.three.weight
     model.four.__dict__["kept"] = torch.ones(3)
     assert direct(model, image) == ({"one", "two"}, {"three": "it goes with four"})

@@ -54,10 +54,12 @@ def split(model: torch.nn.Module, plan: LoadPlan, differing: Mapping[str, str]) 
             for part in module.modules():
                 out.setdefault(part, plan.computed[name])
     serving = {tensor.untyped_storage().data_ptr() for tensor in named_tensors(model).values()}
-    written = {name: modules[name.rpartition(".")[0]] for name in plan.forms}
-    for name, module in written.items():
+    for module in {module: None for module, _ in _owners(model).values()}:
+        # Those too that no loader writes: they may share the memory of one that is written.
         if module not in out and (why := _kept_beside(module, serving)):
             out[module] = why
+    written = {name: modules[name.rpartition(".")[0]] for name in plan.forms}
+    for name, module in written.items():
         if name in differing:
             out.setdefault(module, f"{name.rpartition('.')[2]} {differing[name]}")
     _spread(model, plan, out)
