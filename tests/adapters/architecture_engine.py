@@ -3,9 +3,7 @@
 Run as a script, `architecture_engine.py FOLDER RANKS`, it prints that of an engine freshly started.
 """
 
-import asyncio
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +32,8 @@ class ArchitectureEngine:
 
             self._asked += 1
             params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, logprobs=1, detokenize=False)
-            last: Any = None
-            async for last in self.live.llm.generate({"prompt_token_ids": prompt}, params, f"a{self._asked}"):
-                pass
-            output = last.outputs[0]
+            stream = self.live.llm.generate({"prompt_token_ids": prompt}, params, f"a{self._asked}")
+            output = [part async for part in stream][-1].outputs[0]
             chosen = zip(output.token_ids, output.logprobs, strict=True)
             return [[token, logprobs[token].logprob] for token, logprobs in chosen]
 

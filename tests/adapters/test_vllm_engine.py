@@ -93,6 +93,48 @@ def test_the_engine_serves_unchanged_while_an_update_is_assembled(
         assert engine.oracle() == v1
 
 
+def test_the_way_back_of_a_commit_is_ready_before_it_is_asked_for(
+    engine: LiveEngine, folders: dict[str, Path], tmp_path: Path, v1: Oracle, v2: Oracle
+) -> None:
+    """Prepared as the image of before, which is not even looked at; and from there the way forth again."""
+    gone = tmp_path / "gone"
+    assert prepare(engine, folders["v2"])["ok"]
+    assert engine.rpc("apply", str(folders["v2"]))["ok"]
+    assert engine.rpc("release", {"retain": str(gone)})["retained"]
+    for _ in range(2):
+        engine.call(engine.llm.reset_prefix_cache())
+        assert engine.oracle() == v2
+        answer = prepare(engine, gone)
+        assert (answer["fingerprint"], answer["expected"]) == (v2.fingerprint, v1.fingerprint)
+        assert engine.rpc("apply", str(gone))["ok"]
+        engine.call(engine.llm.reset_prefix_cache())
+        assert engine.oracle() == v1
+        undo(engine)
+    assert engine.rpc("apply", str(gone))["ok"]
+    assert engine.rpc("release")["ok"]
+    assert engine.extension("shadow_is_gone")
+    engine.call(engine.llm.reset_prefix_cache())
+    assert engine.oracle() == v1
+    assert not prepare(engine, gone)["ok"], "it was dropped"
+
+
+def test_a_way_back_that_is_kept_goes_with_the_weights_it_was_for(
+    engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle
+) -> None:
+    assert prepare(engine, folders["v2"])["ok"]
+    assert engine.rpc("apply", str(folders["v2"]))["ok"]
+    assert engine.rpc("release", {"retain": str(folders["v1"])})["retained"]
+    engine.call(engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folders["v1"])}))
+    engine.call(engine.llm.reset_prefix_cache())
+    assert engine.oracle() == v1
+    answer = prepare(engine, folders["v1"], base=folders["v1"])
+    assert (answer["fingerprint"], answer["expected"]) == (v1.fingerprint, v1.fingerprint)
+    assert engine.rpc("apply", str(folders["v1"]))["ok"]
+    assert engine.rpc("release")["ok"]
+    engine.call(engine.llm.reset_prefix_cache())
+    assert engine.oracle() == v1
+
+
 def test_nothing_of_the_shadow_stays(engine: LiveEngine, folders: dict[str, Path], v1: Oracle) -> None:
     assert prepare(engine, folders["v2"])["ok"]
     assert not engine.extension("shadow_is_gone")

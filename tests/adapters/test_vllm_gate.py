@@ -24,6 +24,8 @@ from hotweights.worker_client.window.window import Outcome, WindowResult
 from .live_engine import LONG_PROMPT, LiveEngine, Oracle
 from .swaps import prepare_all, window
 
+NOT_ALL_PROVEN = "not all of it was fingerprinted: its owner put the engine to sleep"
+
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
@@ -192,7 +194,7 @@ def test_what_others_ask_of_the_scheduler_waits_for_the_open_window(
     engine.call(asked[calls]())
     # It was done after the window: before it, the window would have closed on what it asked for.
     assert opened.result(30).outcome is Outcome.APPLIED
-    assert opened.result().note == ""
+    assert opened.result().note == (NOT_ALL_PROVEN if calls == "sleep" else "")
     engine.inject("")
     assert engine.call(llm.is_paused()) == (calls != "resume")
     engine.call(llm.wake_up() if calls == "sleep" else llm.resume_generation())

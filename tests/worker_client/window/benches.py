@@ -42,8 +42,8 @@ class Bench:
         assert await self.stream.give(apply=order) == ""
         return await self.stream.take()
 
-    async def end(self) -> None:
-        await self.stream.give(end=pb.EndUpdate(committed=True))
+    async def end(self, *, committed: bool = True) -> None:
+        await self.stream.give(end=pb.EndUpdate(committed=committed))
         await until(lambda: "release" in self.engine.calls)
 
 

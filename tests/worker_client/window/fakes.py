@@ -35,7 +35,7 @@ class FakeEngine:
         self.checks_finite = False
         self.cleared_caches = self.caches_spoilt = False
         self.expects = False
-        self.base = ""
+        self.base = self.retained = ""
         self.does: dict[str, Callable[..., Awaitable[Any]]] = {}
 
     def proof(self, rank: int) -> bytes:
@@ -123,7 +123,8 @@ class FakeEngine:
         self.weights[rank] = self.kept[rank]
         return {}
 
-    def _release(self, rank: int) -> Status:
+    def _release(self, rank: int, options: dict[str, Any]) -> Status:
+        self.retained = options["retain"]
         self.kept, self.prepared = None, ""
         return {}
 

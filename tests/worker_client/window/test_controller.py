@@ -233,3 +233,18 @@ async def test_the_routes_of_all_ranks_are_reported_together(bench: Bench) -> No
     assert (routes.direct_modules, routes.direct_bytes) == (6, 60)
     assert (routes.reload_modules, routes.reload_bytes) == (1, 7)
     assert list(routes.reasons) == ["layer 0: for a reason", "all: packed", "layer 1: for a reason"]
+
+
+async def test_after_a_commit_the_ranks_keep_the_way_back_ready(bench: Bench) -> None:
+    await bench.prepare(V2)
+    await bench.apply(V2)
+    await bench.end(committed=True)
+    assert bench.engine.retained == "/stage/base"
+
+
+async def test_the_way_back_of_what_was_not_committed_goes(bench: Bench) -> None:
+    await bench.prepare(V2)
+    await bench.apply(V2)
+    await bench.apply(V1, restore=True)
+    await bench.end(committed=False)
+    assert bench.engine.retained == ""

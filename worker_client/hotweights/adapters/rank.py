@@ -87,9 +87,11 @@ class Job:
 class Prepared:
     """An update that was made ready, and the image it is from."""
 
-    def __init__(self, folder: Path, image: MappedImage, made: Made) -> None:
+    def __init__(self, folder: Path, image: MappedImage, made: Made, specs: Mapping[str, TensorSpec]) -> None:
+        """`image` is what the writes read from, `specs` are of what is served after it."""
         self.folder = folder
         self.image = image
+        self.specs = specs
         self._made: Made | None = made
         self.applied = False
         self.specs_before: Mapping[str, TensorSpec] | None = None
@@ -105,6 +107,13 @@ class Prepared:
         """Frees its memory, in whatever thread this is."""
         made, self._made = self.made, None
         made.drop()
+
+    def way_back(self, folder: Path) -> "Prepared | None":
+        """Of one that was applied, as one to apply, of the image in `folder`; None where there is none."""
+        back = self.made.reversed() if self.applied else None
+        if back is None or self.specs_before is None:
+            return None
+        return Prepared(folder, self.image, back, self.specs_before)
 
     @property
     def before(self) -> bytes:
@@ -143,8 +152,9 @@ class Rank:
         self._folder: Path | None = None
         self._checking = False
         self._prepared: Prepared | None = None
+        self._retained: Prepared | None = None
         self._plans = Plans()
-        self._dropping: Job | None = None
+        self._dropping: list[Job] = []
         self._closing: list[MappedImage] = []
         self._fingerprint: tuple[Job, Probe] | None = None
 
@@ -171,13 +181,28 @@ class Rank:
             if same:
                 return
             raise RankRefused(f"still preparing {self._folder}")
+        retained, names = None, dict(name_map)
+        if self._retained is not None and self._retained.folder == folder and not check_finite:
+            retained, self._retained = self._retained, None
         self.release()
         self._folder, self._checking = folder, check_finite
-        names = dict(name_map)
-        self._job = Job("prepare", lambda: _quietly(lambda: self._prepare(folder, names, check_finite, base)))
+        self._job = Job("prepare", lambda: _quietly(lambda: self._prepare(folder, names, check_finite, base, retained)))
 
-    def _prepare(self, folder: Path, name_map: Mapping[str, str], check_finite: bool, base: Path | None) -> Prepared:
+    def _prepare(
+        self,
+        folder: Path,
+        name_map: Mapping[str, str],
+        check_finite: bool,
+        base: Path | None,
+        retained: Prepared | None,
+    ) -> Prepared:
         _failpoints().hit("prepare.start")
+        if retained is not None:
+            if combine_tensors(self._digests()) == retained.made.tensors_before:
+                return retained
+            # Somebody else has written to the model, or it has slept its weights away.
+            retained.drop()
+            retained.image.close()
         image = MappedImage(folder, name_map)
         try:
             served = self._served_specs()
@@ -191,12 +216,12 @@ class Rank:
         except Exception:
             image.close()
             raise
-        return Prepared(folder, image, made)
+        return Prepared(folder, image, made, image.specs)
 
     def _make(self, image: MappedImage, base: Base | None, whole: bool) -> Made:
         """By HOTWEIGHTS_ROUTE; `auto` takes for each module the first route that is known to be right."""
         wanted, model = load_config().route, self.model
-        before = {name: digest_tensor(name, tensor, threads=1) for name, tensor in live_tensors(model)}
+        before = self._digests()
         if wanted in ("auto", "direct"):
             split = self._plans.split(model, image, base, combine_tensors(before))
         else:
@@ -213,6 +238,10 @@ class Rank:
                     raise
                 log.warning("the route of some modules is reload, with a longer pause: %s", error)
         return maker.make(before, None)
+
+    def _digests(self) -> dict[str, bytes]:
+        """Of every tensor that the model holds now."""
+        return {name: digest_tensor(name, tensor, threads=1) for name, tensor in live_tensors(self.model)}
 
     def _served_specs(self) -> Mapping[str, TensorSpec] | None:
         """Tensors of the checkpoint that is served; None when the engine has none (dummy or streamed weights)."""
@@ -269,7 +298,7 @@ class Rank:
             self._clear_caches("a value in it was NaN or infinite")
         self.synchronize()
         points.hit("apply.end")
-        self._served = held.image.specs
+        self._served = held.specs
         self._plans.written(held.made.tensors_before, held.made.tensors_after)
         return held
 
@@ -302,6 +331,32 @@ class Rank:
         log.info("clearing the KV cache: %s", reason)
         kv_cache.clear(self._worker.model_runner)
 
+    def retain(self, folder: Path) -> bool:
+        """Keeps the way back from what was applied, ready to be prepared as the image in `folder`.
+
+        False where there is none, or no memory to spare for it: release it then.
+        """
+        held = self._prepared
+        back = None if held is None else held.way_back(folder)
+        if back is None or not self._can_spare(back):
+            return False
+        self._drop(self._retained)
+        self._prepared, self._folder, self._retained = None, None, back
+        return True
+
+    def _can_spare(self, back: Prepared) -> bool:
+        """Whether as much as it takes is free beside it."""
+        packed = sum(packed_bytes(layer) for _, layer, _ in packed_layers(self.model))
+        available = memory.available_bytes()
+        needed = self._ranks_here() * (packed + sum(write.new_bytes for write in back.made.update.writes))
+        return available is None or needed < available
+
+    def _drop(self, held: Prepared | None) -> None:
+        """In another thread: `release` finds it done."""
+        if held is not None:
+            self._closing.append(held.image)
+            self._dropping.append(Job("drop", held.drop))
+
     def release(self) -> bool:
         """Drops what was prepared and unmaps. False while something still holds a tensor of the mapping."""
         if self._job is not None:
@@ -312,14 +367,12 @@ class Rank:
                 self._prepared = job.result()
             except Exception:  # noqa: BLE001 - it was reported to whoever polled, or nobody asked
                 self._prepared = None
-        held, self._prepared, self._folder = self._prepared, None, None
-        if held is not None:
-            self._closing.append(held.image)
-            self._dropping = Job("drop", held.drop)
-            del held
-        if self._dropping is not None and not self._dropping.wait(DROP_WAIT_S):
+        self._drop(self._prepared)
+        self._drop(self._retained)
+        self._prepared, self._retained, self._folder = None, None, None
+        self._dropping = [job for job in self._dropping if not job.wait(DROP_WAIT_S)]
+        if self._dropping:
             return False
-        self._dropping = None
         self._closing = [image for image in self._closing if not image.close()]
         return not self._closing
 

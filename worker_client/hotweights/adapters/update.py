@@ -29,7 +29,7 @@ from hotweights.adapters.routes import AfterTensors, Reload, layerwise_reload
 from hotweights.adapters.shadow import Shadow
 from hotweights.adapters.twins import NoShadow
 from hotweights.adapters.undo import ChangedSincePrepare, storage_bytes, storages_of
-from hotweights.adapters.writes import Function, Write, difference
+from hotweights.adapters.writes import Function, Reversed, Write, difference
 
 REASONS_MAX = 8
 _NUMBERS = re.compile("[0-9]+")
@@ -82,6 +82,12 @@ class Update:
         for write in self.writes:
             write.undo()
 
+    def reversed(self) -> "Update | None":
+        """The way back of an update that was written, as one to write; None where a reload must be undone for it."""
+        if self._reload is not None:
+            return None
+        return Update(self._model, [Reversed(write) for write in self.writes], None)
+
     def prove_written(self) -> bytes:
         """Reads back what was written, and gives its digest. Raises NotProven."""
         hasher = blake3()
@@ -114,6 +120,21 @@ class Made:
     tensors_before: bytes
     tensors_after: bytes
     shadow: Shadow | None
+
+    def reversed(self) -> "Made | None":
+        """The way back of what was written; None where there is none that could be written."""
+        update = self.update.reversed()
+        if update is None or self.after is None:
+            return None
+        return Made(
+            update=update,
+            routes=self.routes,
+            before=self.after,
+            after=self.before,
+            tensors_before=self.tensors_after,
+            tensors_after=self.tensors_before,
+            shadow=self.shadow,
+        )
 
     def drop(self) -> None:
         """Takes the shadow out of vLLM's books: its memory goes with this."""

@@ -144,8 +144,14 @@ def hotweights_undo(self: Any, options: dict[str, Any] | None = None) -> Status:
 
 
 @_answered
-def hotweights_release(self: Any) -> Status:
-    """Drops the copies and unmaps. Not ok while something holds on to the mapping: its files must stay."""
+def hotweights_release(self: Any, options: dict[str, Any] | None = None) -> Status:
+    """Drops what was prepared and unmaps. Not ok while something holds on to the mapping: its files must stay.
+
+    `options`: `retain` is the folder of the image that served before; the way back to it is kept ready where possible.
+    """
+    folder = (options or {}).get("retain")
+    if folder and _rank(self).retain(Path(folder)):
+        return {"retained": True}
     if _rank(self).release():
         return {}
     return {"ok": False, "reason": "a tensor of the mapped image is still in use"}

@@ -101,6 +101,34 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Reversed:
+    """A write that was done, the other way round."""
+
+    done: Write
+
+    @property
+    def new_bytes(self) -> int:
+        return self.done.new_bytes
+
+    @property
+    def old_proof(self) -> bytes:
+        return self.done.new_proof
+
+    @property
+    def new_proof(self) -> bytes:
+        return self.done.old_proof
+
+    def write(self) -> None:
+        self.done.undo()
+
+    def undo(self) -> None:
+        self.done.write()
+
+    def proof(self) -> bytes:
+        return self.done.proof()
+
+
+@dataclass(frozen=True)
 class Function:
     """What a packed layer computes with."""
 

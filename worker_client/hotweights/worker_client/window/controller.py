@@ -90,6 +90,7 @@ class _Kept:
     digest: bytes
     version: str
     fingerprints: tuple[bytes, ...]
+    folder: Path | None = None
 
 
 @dataclass
@@ -247,7 +248,7 @@ class ReplicaController:
                     await self._do_apply(taken, report)
                     failpoints.hit("window.report")
                 case _:
-                    await self._do_end()
+                    await self._do_end(order.end.committed)
                     continue
             self._last = (order.epoch, order.number), report
             self._stream.report(report)
@@ -405,18 +406,23 @@ class ReplicaController:
             assert self._kept is not None
             self.active_digest, self._kept = self._kept.digest, None
         else:
-            self._kept = _Kept(self.active_digest, self.active_version, before)
+            held = self._preparing.prepared
+            self._kept = _Kept(self.active_digest, self.active_version, before, held.base if held else None)
             self.active_digest, self._preparing.prepared = order.manifest_digest, None
         self.active_version = order.version
         self.fingerprints = result.fingerprints
         if self.active_digest:
             self._known[self.active_digest] = result.fingerprints
 
-    async def _do_end(self) -> None:
-        """The way back may go: copies are dropped, images that are not served are unmapped and released."""
+    async def _do_end(self, committed: bool) -> None:
+        """The way back may go, images that are not served are unmapped and released.
+
+        After a commit the ranks keep it all the same, where they have memory to spare: a rollback may be asked for.
+        """
+        retain = self._kept.folder if self._kept is not None and committed else None
         try:
             self._kept = None
-            await self._preparing.release(self.active_digest, RELEASE_DEADLINE_S)
+            await self._preparing.release(self.active_digest, RELEASE_DEADLINE_S, retain)
         except (Unanswered, EngineFailed, Unproven) as error:
             log.warning("the ranks could not let go of the update: %s", error)
 

@@ -44,6 +44,8 @@ class Prepared:
     caches_spoilt: bool
     routes: fleet_pb2.Routes
     """Of all ranks together."""
+    base: Path | None = None
+    """The image that they serve, where it lies on this node."""
 
 
 class Preparing:
@@ -125,6 +127,7 @@ class Preparing:
             checked_finite=check_finite,
             caches_spoilt=spoilt,
             routes=_routes([answer["routes"] for answer in answers]),
+            base=base,
         )
         return self.prepared
 
@@ -138,17 +141,18 @@ class Preparing:
             await asyncio.sleep(POLL_S)
         raise Unanswered("preparing", deadline_s)
 
-    async def release(self, served: bytes, wait_s: float = 0.0) -> None:
+    async def release(self, served: bytes, wait_s: float = 0.0, retain: Path | None = None) -> None:
         """Asks the ranks to let go, those that still prepare again for `wait_s`; the agent takes back all but `served`.
 
-        Raises Unanswered, Unproven, EngineFailed.
+        `retain` is the image that served before: the ranks keep the way back ready where they can. Raises Unanswered,
+        Unproven, EngineFailed.
         """
         self.prepared = None
-        ends = self._clock() + wait_s
-        answers = await call_ranks(self._engine, "hotweights_release", CALL_DEADLINE_S)
+        ends, options = self._clock() + wait_s, {"retain": str(retain or "")}
+        answers = await call_ranks(self._engine, "hotweights_release", CALL_DEADLINE_S, options)
         while refusals(answers) and self._clock() < ends:
             await asyncio.sleep(RELEASE_POLL_S)
-            answers = await call_ranks(self._engine, "hotweights_release", CALL_DEADLINE_S)
+            answers = await call_ranks(self._engine, "hotweights_release", CALL_DEADLINE_S, options)
         if failed := refusals(answers):
             # Still mapped somewhere: the agent must keep the files, so it is not told.
             log.warning("images stay mapped: %s", failed)
