@@ -1,5 +1,6 @@
-"""Random tiny checkpoints of many architectures, without tokenizers: for loaders, not for serving."""
+"""Random tiny checkpoints of many architectures, without tokenizers: engines are asked in tokens."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,4 +49,35 @@ def make_tiny_model(folder: Path, architecture: str, seed: int) -> Path:
     torch.manual_seed(seed)
     model: Any = getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16)
     model.save_pretrained(folder)
+    return folder
+
+
+def make_quantised_model(folder: Path, seed: int) -> Path:
+    """A Llama whose linear layers are int8 with a scale for each output (compressed-tensors, W8A8)."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    make_tiny_model(folder, "llama", seed)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "_proj." in name]:
+        weight = tensors[name].float()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        tensors[name] = (weight / scale).round().clamp(-127, 127).to(torch.int8)
+        tensors[name + "_scale"] = scale.to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**eight_bits, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

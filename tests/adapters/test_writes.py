@@ -5,9 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hotweights.adapters.writes import Elements, Function, Whole, Write, difference, proof_of
+from hotweights.adapters.device_writes import Budget, DeviceElements, DeviceWhole, device_write
+from hotweights.adapters.writes import Elements, Function, Reversed, Whole, Write, difference, host_write, proof_of
 
 SIZE = 16 * 1024
+ON_DEVICE: dict[type, type] = {Elements: DeviceElements, Whole: DeviceWhole}
 Change = Callable[[torch.Tensor], None]
 
 
@@ -20,8 +22,16 @@ def bits(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.view(torch.uint8).numpy())
 
 
-def made(live: torch.Tensor, new: torch.Tensor) -> Write | None:
-    return difference(live.untyped_storage(), new.untyped_storage(), live.element_size(), [(live, new)])
+def made(live: torch.Tensor, new: torch.Tensor, budget: int | None = None) -> Write | None:
+    """As for host memory; with a `budget` as for a device's, which tests on this machine have on the host too."""
+    found = difference(live.untyped_storage(), new.untyped_storage(), live.element_size())
+    if found is None:
+        return None
+    if budget is None:
+        return host_write(live.untyped_storage(), found, [(live, new)])
+    copy = difference(live.clone().untyped_storage(), new.untyped_storage(), live.element_size())
+    assert copy is not None
+    return device_write(live.untyped_storage(), copy, Budget(budget))
 
 
 def few(tensor: torch.Tensor) -> None:
@@ -49,12 +59,16 @@ def the_last(tensor: torch.Tensor) -> None:
     [(few, Elements), (a_row, Elements), (a_quarter_in_pieces, Elements), (most, Whole), (the_last, Elements)],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8], ids=str)
-def test_a_write_goes_there_and_back_bit_for_bit(change: Change, kind: type[Write], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("budget", [None, 0, 1 << 30], ids=["host", "device, no budget", "device"])
+def test_a_write_goes_there_and_back_bit_for_bit(
+    change: Change, kind: type[Write], dtype: torch.dtype, budget: int | None
+) -> None:
     live = drawn(dtype)
     before, new = live.clone(), live.clone()
     change(new)
-    write = made(live, new)
-    assert isinstance(write, kind)
+    write = made(live, new, budget)
+    assert write is not None
+    assert isinstance(write, kind if budget is None else ON_DEVICE[kind])
     assert write.proof() == write.old_proof != write.new_proof
     for _ in range(2):
         write.write()
@@ -107,7 +121,7 @@ def test_storages_of_any_length_are_written(size: int) -> None:
 def test_a_storage_of_values_of_several_sizes_is_written_by_bytes() -> None:
     live, new = torch.zeros(1001, dtype=torch.uint8), torch.zeros(1001, dtype=torch.uint8)
     new[1000] = 9
-    write = difference(live.untyped_storage(), new.untyped_storage(), 1, [(live, new)])
+    write = made(live, new)
     assert write is not None
     assert write.new_bytes == 1
     write.write()
@@ -151,3 +165,35 @@ def test_a_packed_layer_gets_its_function_and_its_old_one_back() -> None:
     assert write.proof() not in (write.old_proof, write.new_proof)
     write.undo()
     assert layer.__dict__["cpu_linear"] is old
+
+
+def test_a_write_that_was_done_is_one_the_other_way_round() -> None:
+    live = drawn()
+    before, new = live.clone(), live.clone()
+    few(new)
+    write = made(live, new)
+    assert write is not None
+    write.write()
+    back = Reversed(write)
+    assert back.proof() == back.old_proof == write.new_proof
+    back.write()
+    assert bits(live) == bits(before)
+    assert back.proof() == back.new_proof
+    back.undo()
+    assert bits(live) == bits(new)
+
+
+def test_what_is_beyond_the_budget_stays_on_the_host_and_is_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotweights.adapters.device_writes.CHUNK_BYTES", 100)
+    live = drawn()
+    before, new = live.clone(), live.clone()
+    few(new)
+    budget = Budget(SIZE // 100 * 8)  # for the places
+    found = difference(live.clone().untyped_storage(), new.untyped_storage(), 2)
+    assert found is not None
+    write = device_write(live.untyped_storage(), found, budget)
+    assert budget.left_bytes < SIZE // 100 * 2
+    write.write()
+    assert bits(live) == bits(new)
+    write.undo()
+    assert bits(live) == bits(before)

@@ -229,7 +229,8 @@ class Rank:
         if wanted == "direct" and split.reasons:
             name, reason = next(iter(split.reasons.items()))
             raise NotDirect(f"{len(split.reasons)} modules cannot be written directly, first {name}: {reason}")
-        maker = Maker(self._worker, image, self._plans.plan(model, image), split, whole=whole)
+        plan, budget = self._plans.plan(model, image), self._device_budget()
+        maker = Maker(self._worker, image, plan, split, whole=whole, device_budget_bytes=budget)
         if wanted != "reload":
             try:
                 return maker.make(before, maker.assemble())
@@ -238,6 +239,14 @@ class Rank:
                     raise
                 log.warning("the route of some modules is reload, with a longer pause: %s", error)
         return maker.make(before, None)
+
+    def _device_budget(self) -> int:
+        """Bytes of device memory for what is prepared; unless set, a quarter of what is free now."""
+        wanted = load_config().device_budget_bytes
+        device = torch.device(getattr(self._worker, "device", "cpu"))
+        if wanted is None and device.type == "cuda":
+            return int(torch.cuda.mem_get_info(device)[0]) // 4
+        return wanted or 0
 
     def _digests(self) -> dict[str, bytes]:
         """Of every tensor that the model holds now."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 
+from hotweights.adapters.device_writes import Budget, device_write
 from hotweights.adapters.direct import Split
 from hotweights.adapters.fingerprint import (
     Probe,
@@ -29,7 +30,7 @@ from hotweights.adapters.routes import AfterTensors, Reload, layerwise_reload
 from hotweights.adapters.shadow import Shadow
 from hotweights.adapters.twins import NoShadow
 from hotweights.adapters.undo import ChangedSincePrepare, storage_bytes, storages_of
-from hotweights.adapters.writes import Function, Reversed, Write, difference
+from hotweights.adapters.writes import Function, Reversed, Write, difference, host_write
 
 REASONS_MAX = 8
 _NUMBERS = re.compile("[0-9]+")
@@ -145,9 +146,19 @@ class Made:
 class Maker:
     """Makes an update from an image. Runs in the thread that prepares; changes nothing that serves."""
 
-    def __init__(self, worker: Any, image: MappedImage, plan: LoadPlan | None, split: Split, *, whole: bool) -> None:
-        """`plan` is None only where nothing is direct; `whole` as for Reload."""
+    def __init__(
+        self,
+        worker: Any,
+        image: MappedImage,
+        plan: LoadPlan | None,
+        split: Split,
+        *,
+        whole: bool,
+        device_budget_bytes: int,
+    ) -> None:
+        """`plan` is None only where nothing is direct; `whole` as for Reload; the budget is a device's, for writes."""
         self._worker, self._image, self._whole = worker, image, whole
+        self._budget = Budget(device_budget_bytes)
         self._plan, self._split = plan, split
         self._tensors = None if plan is None else split.tensors
         self._model: torch.nn.Module = worker.model_runner.get_model()
@@ -222,11 +233,13 @@ class Maker:
                 continue
             names = self._names.get(at, {})
             sizes = {tensor.element_size() for tensor in names.values()}
-            write = difference(storage, new, sizes.pop() if len(sizes) == 1 else 1, pairs)
-            if write is not None:
+            on_host = storage.device.type == "cpu"
+            now = storage if on_host else storage_bytes(storage).cpu().untyped_storage()
+            found = difference(now, new, sizes.pop() if len(sizes) == 1 else 1)
+            if found is not None:
                 for name, tensor in names.items():
                     self._after[name] = digest_tensor(name, _moved(tensor, new), threads=1)
-                yield write
+                yield host_write(storage, found, pairs) if on_host else device_write(storage, found, self._budget)
 
     def _copies(self) -> dict[int, list[Copy]]:
         """Of the direct modules, by the storage that they write to."""
@@ -240,7 +253,7 @@ class Maker:
 
     def _planned(self, storage: torch.UntypedStorage, copies: Sequence[Copy]) -> tuple[torch.UntypedStorage, Pairs]:
         """What a storage is to hold, and where from all of it is to be written in the pause."""
-        new, image = storage_bytes(storage).clone().untyped_storage(), self._image.tensors
+        new, image = storage_bytes(storage).to("cpu", copy=True).untyped_storage(), self._image.tensors
         pairs: Pairs = []
         for copy in copies:
             live, source = self._live[copy.parameter].data, copy.take.of(image[copy.tensor])

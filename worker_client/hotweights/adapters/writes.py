@@ -4,6 +4,8 @@
                                              \\--> Whole: all of it
     packed layer, new function    --------------> Function
 
+Those of a device's memory are in `device_writes`.
+
 A write is bit for bit: values that differ are written, whatever they mean. A proof is a digest of what is read back
 from where was written: in the pause there is no time for more, and everything is fingerprinted after it.
 """
@@ -63,7 +65,7 @@ class Elements:
         self._live, self._places = live, places
         self._new, self._old = new, live[places]
         self.new_bytes = int(new.nbytes)
-        self.new_proof, self.old_proof = (blake3(values.tobytes()).digest() for values in (new, self._old))
+        self.new_proof, self.old_proof = (_proof_of_array(values) for values in (new, self._old))
 
     def write(self) -> None:
         self._live[self._places] = self._new
@@ -72,7 +74,7 @@ class Elements:
         self._live[self._places] = self._old
 
     def proof(self) -> bytes:
-        return blake3(self._live[self._places].tobytes()).digest()
+        return _proof_of_array(self._live[self._places])
 
 
 class Whole:
@@ -165,18 +167,30 @@ def proof_of(data: torch.Tensor) -> bytes:
     return hasher.update(data[whole * 8 :].cpu().numpy().tobytes()).digest()
 
 
-def difference(
-    live: torch.UntypedStorage,
-    new: torch.UntypedStorage,
-    itemsize: int,
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
-) -> Write | None:
-    """What turns one storage into the other with the fewest bytes; None when they are equal.
+def _proof_of_array(values: Array) -> bytes:
+    return proof_of(torch.from_numpy(values.view(np.uint8)))
 
-    `itemsize` is a value's bytes; `pairs` say where from all of it is written, if all of it is.
-    """
-    now, to_be = (_values(storage, itemsize) for storage in (live, new))
-    differs = now != to_be
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two storages differ, and what to write of it: the cheapest there is."""
+
+    run: int
+    """How many values each place stands for; 0 where all of it is to be written."""
+    places: Array
+    now: Array
+    to_be: Array
+    """Both storages whole, as integers of the values' size."""
+
+    def runs(self, values: Array) -> Array:
+        """Values by places: an array of them, or of whole runs."""
+        return values if self.run == 1 else values.view(np.dtype((np.void, self.run * values.itemsize)))
+
+
+def difference(now: torch.UntypedStorage, to_be: torch.UntypedStorage, itemsize: int) -> Difference | None:
+    """Of two storages in host memory; None when they are equal. `itemsize` is a value's bytes."""
+    one, other = (_values(storage, itemsize) for storage in (now, to_be))
+    differs = one != other
     count = int(np.count_nonzero(differs))
     if not count:
         return None
@@ -186,14 +200,19 @@ def difference(
             runs = int(np.count_nonzero(differs.reshape(-1, run).any(1)))
             costs[run] = runs * (INDEX_BYTES + max(run * itemsize, LINE_BYTES))
     run = min(costs, key=lambda length: costs[length])
-    if costs[run] >= live.nbytes():
-        return Whole(storage_bytes(live), pairs, proof_of(storage_bytes(new)))
-    if run == 1:
-        places = np.flatnonzero(differs)
-        return Elements(now, places, to_be[places])
-    places = np.flatnonzero(differs.reshape(-1, run).any(1))
-    kind = np.dtype((np.void, run * itemsize))
-    return Elements(now.view(kind), places, to_be.view(kind)[places])
+    if costs[run] >= one.nbytes:
+        return Difference(0, None, one, other)
+    return Difference(run, np.flatnonzero(differs.reshape(-1, run).any(1)), one, other)
+
+
+def host_write(
+    live: torch.UntypedStorage, found: Difference, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> Write:
+    """What writes a difference to its storage, in host memory. `pairs`: where from, if all of it is written."""
+    if not found.run:
+        to_be = torch.from_numpy(found.to_be).view(torch.uint8)
+        return Whole(storage_bytes(live), pairs, proof_of(to_be))
+    return Elements(found.runs(found.now), found.places, found.runs(found.to_be)[found.places])
 
 
 def _values(storage: torch.UntypedStorage, itemsize: int) -> Array:

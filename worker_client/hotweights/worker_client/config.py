@@ -61,6 +61,7 @@ SETTINGS = (
     Setting("HOTWEIGHTS_USE_IPC_AGENT", "0", "1 sets `hotweights_agent` on the engine"),
     Setting("HOTWEIGHTS_ADOPT_CLUSTER", "0", "1 follows a coordinator whose store was replaced"),
     Setting("HOTWEIGHTS_ROUTE", "auto", "auto, direct, assembled or reload: how weights get into an engine"),
+    Setting("HOTWEIGHTS_DEVICE_BUDGET", "a quarter of what is free", "bytes of GPU memory for prepared writes, a rank"),
     Setting("HOTWEIGHTS_TORN", "end", "end or stay: what becomes of a server whose engine is in doubt"),
     Setting("HOTWEIGHTS_FAILPOINTS", "", "for tests: failures to inject; `hotweights failpoints` lists them"),
 )
@@ -91,6 +92,7 @@ class Config:
     use_ipc_agent: bool = False
     adopt_cluster: bool = False
     route: str = "auto"
+    device_budget_bytes: int | None = None
     torn: str = "end"
     failpoints: str = ""
     ca: Path | None = None
@@ -128,6 +130,7 @@ class Config:
             "HOTWEIGHTS_POLICY": self.policy,
             "HOTWEIGHTS_NAME_MAP": pairs,
             "HOTWEIGHTS_ROUTE": self.route,
+            "HOTWEIGHTS_DEVICE_BUDGET": "" if self.device_budget_bytes is None else str(self.device_budget_bytes),
             "HOTWEIGHTS_TORN": self.torn,
             "HOTWEIGHTS_CA": str(self.ca or ""),
             "HOTWEIGHTS_CERT": str(self.cert or ""),
@@ -145,6 +148,12 @@ def _number(environ: Mapping[str, str], name: str, default: int, low: int, high:
     if not re.fullmatch("[0-9]{1,12}", text) or not low <= int(text) <= high:
         raise BadSetting(name, text, f"takes a whole number from {low} to {high}")
     return int(text)
+
+
+def _device_budget(environ: Mapping[str, str]) -> int | None:
+    """None where a rank is to look at what is free."""
+    name = "HOTWEIGHTS_DEVICE_BUDGET"
+    return _number(environ, name, 0, 0, 999_999_999_999) if environ.get(name, "").strip() else None
 
 
 def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
@@ -261,6 +270,7 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         use_ipc_agent=env.get("HOTWEIGHTS_USE_IPC_AGENT", "").lower() in _TRUE,
         adopt_cluster=env.get("HOTWEIGHTS_ADOPT_CLUSTER", "").lower() in _TRUE,
         route=_route(env.get("HOTWEIGHTS_ROUTE") or "auto"),
+        device_budget_bytes=_device_budget(env),
         torn=_torn(env.get("HOTWEIGHTS_TORN") or "end"),
         failpoints=_failpoints(env.get("HOTWEIGHTS_FAILPOINTS", "")),
         ca=_file(env, "HOTWEIGHTS_CA"),
