@@ -55,6 +55,11 @@ class FailpointExtension(HotweightsWorkerExtension):
             writes[at]._pairs[0][1].view(-1)[0] += 1
         return {}
 
+    def spoil_live(self, name: str) -> dict[str, Any]:
+        """Changes one value of a tensor that serves."""
+        self.model_runner.get_model().get_parameter(name).data.view(-1)[0] += 1
+        return {}
+
     def mark_caches(self, value: float) -> dict[str, Any]:
         for cache in self.model_runner.kv_caches:
             cache.fill_(value)

@@ -12,7 +12,6 @@ from tests.tiny_models import ARCHITECTURES, make_tiny_model
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.matrix,
     pytest.mark.timeout(400),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]

@@ -4,6 +4,7 @@ The tests share the engine of conftest.py; each leaves it serving v1.
 """
 
 import asyncio
+import dataclasses
 import importlib.util
 import json
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from hotweights.worker_client.window.window import Outcome, WindowOrder, call_ranks, fingerprints, run_window
 
 from .live_engine import PROMPTS, LiveEngine, Oracle
 from .swaps import CAPABILITIES, ROUTES, check_every_failure, check_there_and_back, fingerprints_of, prepare, undo
@@ -185,6 +188,31 @@ def test_what_reads_back_as_something_else_than_was_prepared_is_a_failure_and_is
     assert engine.oracle() == v1
 
 
+def test_what_proves_to_be_something_else_after_the_resume_is_taken_back_in_a_second_pause(
+    engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle
+) -> None:
+    """A value that was written changes after it was read back: nothing but the fingerprint of everything shows that."""
+    live = engine.windowed
+    answer = prepare(engine, folders["v2"])
+    order = WindowOrder(str(folders["v2"]), "v2", "recompute", time.monotonic() + 10, 20.0, 30.0, version_before="v1")
+    order = dataclasses.replace(order, expected=(answer["expected"],))
+    served: list[Any] = []
+
+    async def prove() -> tuple[bytes, ...]:
+        if not served:
+            served.append(await asyncio.to_thread(engine.tokens))
+            await asyncio.to_thread(engine.extension, "spoil_live", "model.embed_tokens.weight")
+        return await fingerprints_of(live)
+
+    result = asyncio.run(run_window(live, order, (answer["fingerprint"],), prove))
+    assert result.outcome is Outcome.UNDONE, result
+    assert "fingerprint is another" in result.reason
+    assert result.times.prove_ms > 0
+    assert served == [v2.tokens], "it had resumed"
+    assert engine.oracle() == v1
+    assert engine.rpc("release")["ok"]
+
+
 NORM = "model.norm.weight"
 GATE = "model.layers.1.mlp.gate_proj.weight"
 
@@ -261,8 +289,6 @@ def test_calls_out_of_order_are_refused_and_harm_nothing(
 def test_the_same_request_asked_before_and_after_meets_no_old_cache_blocks(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle, v2: Oracle
 ) -> None:
-    from hotweights.worker_client.window.window import Outcome, WindowOrder, call_ranks, fingerprints, run_window
-
     live = engine.windowed
 
     async def swap(folder: str, mode: Any, before: tuple[bytes, ...]) -> tuple[bytes, ...]:
