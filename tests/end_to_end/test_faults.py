@@ -250,20 +250,14 @@ def store_on_small_disk(fleet: Fleet, folder: Path) -> Iterator[Path]:
         fleet.kill("coordinator")
         move_store(usual, moved)
         fleet.start_coordinator(store=moved)
-        wait_for("all of them", lambda: everybody_is_back(fleet))
+        wait_for("all of them", lambda: fleet.everybody_is_here() and fleet.replica().get("ready"))
         try:
             yield folder / "filler"
         finally:
             fleet.kill("coordinator")
             move_store(moved, usual)
     fleet.start_coordinator()
-    wait_for("all of them", lambda: everybody_is_back(fleet))
-
-
-def everybody_is_back(fleet: Fleet) -> bool:
-    """Whether the replica is ready, and the agent there with what it holds."""
-    nodes = fleet.status().get("nodes", ())
-    return bool(fleet.replica().get("ready") and any(node.get("held_digests") for node in nodes))
+    wait_for("all of them", lambda: fleet.everybody_is_here() and fleet.replica().get("ready"))
 
 
 def move_store(old: Path, new: Path) -> None:
