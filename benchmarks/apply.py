@@ -12,9 +12,11 @@ AMX vLLM would pack them, and then their route is not this one (`python -m bench
     reload_speedup_1      likewise for the version of 1 %
     client_gap            the longest gap between a client's streamed tokens, over the pause as it was reported and a
                           decode step; the median of updates under traffic
-    serving_share         tokens a second while a version is staged and prepared, over tokens a second undisturbed
+    serving_share         tokens a second while a version is staged and prepared, over tokens a second undisturbed; of
+                          an engine that leaves one core to others, as it has to on a machine with few of them
 
-The write, the undo and their reading back are timed in the rank, everything else as a caller sees it. All parts of a
+The write, the undo and their reading back are timed in the rank, everything else as a caller sees it. Places are read
+back as they are written, which counts as the write; clearing the KV cache, which going back does, is apart. All parts of a
 ratio are taken in turns in the same run.
 """
 
@@ -84,6 +86,7 @@ def swap_and_undo(windows: Windows, folder: Path, base: Path) -> dict[str, float
             "write": wrote["write_ms"] / 1000,
             "read_back": wrote["proof_ms"] / 1000,
             "undo": undid["write_ms"] / 1000,
+            "clear": undid["clear_ms"] / 1000,
             "apply": times.apply_ms / 1000,
             "pause": (times.quiesce_ms + times.apply_ms + times.resume_ms) / 1000,
             "prove": times.prove_ms / 1000,
@@ -237,7 +240,10 @@ def main() -> int:
             windows = Windows(server)
             taken = measure(server, windows, disk, staged, runs)
             taken |= client_gaps(server, windows, staged["full"], staged["base"], gaps)
-            taken |= serving_shares(server, windows, disk[1], staged["base"], work, gaps)
+            server.close()
+            progress("starting an engine that leaves a core")
+            server = Server(disk[0], leave_a_core=True)
+            taken |= serving_shares(server, Windows(server), disk[1], staged["base"], work, gaps)
             server.close()
         finally:
             shutil.rmtree(staging)

@@ -19,7 +19,9 @@ T = TypeVar("T")
 class Server:
     """An AsyncLLM on a loop of its own, as a server has it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, leave_a_core: bool = False) -> None:
+        """`leave_a_core` keeps the engine off the first core: traffic on all of them starves other processes
+        (`python -m benchmarks.starved`)."""
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         # The plugin is in the engine core as in a server; the benchmark itself takes the controller's place.
@@ -27,7 +29,11 @@ class Server:
         vllm_auto._attach = lambda front_end: False
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        cores = os.sched_getaffinity(0)
+        if leave_a_core and len(cores) > 1:
+            os.sched_setaffinity(0, cores - {min(cores)})
         self.llm: Any = self.call(self._start(folder), START_DEADLINE_S)
+        os.sched_setaffinity(0, cores)
 
     @staticmethod
     async def _start(folder: Path) -> Any:

@@ -137,6 +137,7 @@ def test_a_proof_shows_what_was_not_written_and_what_was_spoilt() -> None:
         write = made(live, new)
         assert write is not None
         write.write()
+        assert write.proof() == write.new_proof
         live[changed] += 2
         assert write.proof() != write.new_proof
         write.undo()

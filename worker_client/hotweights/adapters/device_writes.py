@@ -34,6 +34,8 @@ class Budget:
 class DeviceElements:
     """Some values of a storage, or runs of them, by their places."""
 
+    on_host = False
+
     def __init__(
         self, live: torch.Tensor, places: torch.Tensor, new: torch.Tensor, old: torch.Tensor, budget: Budget
     ) -> None:
@@ -71,6 +73,8 @@ class DeviceElements:
 
 class DeviceWhole:
     """All of a storage."""
+
+    on_host = False
 
     def __init__(self, live: torch.Tensor, new: torch.Tensor, old: torch.Tensor, budget: Budget) -> None:
         """`live` is the storage on its device as bytes, `new` and `old` are bytes on the host."""

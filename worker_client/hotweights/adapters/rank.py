@@ -9,6 +9,7 @@ Everything long happens in a daemon thread before the pause: mapping, checking, 
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,6 +154,7 @@ class Rank:
         self._checking = False
         self._prepared: Prepared | None = None
         self._retained: Prepared | None = None
+        self._clearing_s = 0.0
         self._plans = Plans()
         self._dropping: list[Job] = []
         self._closing: list[MappedImage] = []
@@ -302,6 +304,7 @@ class Rank:
         points = _failpoints()
         points.hit("apply.start")
         self.synchronize()
+        self._clearing_s = 0.0
         update.write(lambda count: points.hit("apply.tensor", count))
         if held.caches_spoilt:
             self._clear_caches("a value in it was NaN or infinite")
@@ -324,12 +327,19 @@ class Rank:
         _failpoints().hit("undo.start")
         if held.applied:
             self._fingerprint = None
+            self._clearing_s = 0.0
             self.synchronize()
             held.made.update.undo()
             if clear_caches:
                 self._clear_caches("the engine ran on the version that is taken back")
             self.synchronize()
             self._served, held.applied = held.specs_before, False
+
+    @property
+    def spent_s(self) -> tuple[float, float]:
+        """Seconds of the last apply or undo: of reading back, and of clearing the KV cache."""
+        held = self._prepared
+        return (0.0 if held is None else held.made.update.read_back_s), self._clearing_s
 
     def prove_undone(self) -> None:
         """Reads back what the undo put back. Raises NotProven."""
@@ -338,7 +348,9 @@ class Rank:
 
     def _clear_caches(self, reason: str) -> None:
         log.info("clearing the KV cache: %s", reason)
+        begun = time.perf_counter()
         kv_cache.clear(self._worker.model_runner)
+        self._clearing_s = time.perf_counter() - begun
 
     def retain(self, folder: Path) -> bool:
         """Keeps the way back from what was applied, ready to be prepared as the image in `folder`.

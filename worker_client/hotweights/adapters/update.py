@@ -8,6 +8,7 @@ What is written in the pause is read back there; everything is fingerprinted bef
 """
 
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,7 @@ class Update:
         self.writes = writes
         self._model, self._reload = model, reload
         self._storages = _sizes(model)
+        self.read_back_s = 0.0
 
     def check_current(self) -> None:
         """Raises ChangedSincePrepare unless the model still consists of the tensors this was made for."""
@@ -67,21 +69,33 @@ class Update:
             raise ChangedSincePrepare("tensors of the model were replaced since the update was prepared; prepare again")
 
     def write(self, after: AfterTensors) -> None:
-        """What it raises leaves the undo to the caller."""
+        """Reads back what lies on the host as it goes. What it raises, NotProven too, leaves the undo to the caller."""
+        self.read_back_s = 0.0
         for count, write in enumerate(self.writes):
             after(count)
             write.write()
+            if write.on_host:
+                self._prove(count, write.new_proof)
         count = len(self.writes)
         after(count)
         if self._reload is not None:
             self._reload.write(lambda more: after(count + more))
 
     def undo(self) -> None:
-        """From wherever `write` got to."""
+        """From wherever `write` got to. Raises NotProven where it reads back something else than was there before."""
+        self.read_back_s = 0.0
         if self._reload is not None:
             self._reload.undo()
-        for write in self.writes:
+        for count, write in enumerate(self.writes):
             write.undo()
+            if write.on_host:
+                self._prove(count, write.old_proof)
+
+    def _prove(self, at: int, proof: bytes) -> None:
+        begun = time.perf_counter()
+        if self.writes[at].proof() != proof:
+            raise NotProven(f"write {at} of {len(self.writes)} reads back as something else")
+        self.read_back_s += time.perf_counter() - begun
 
     def reversed(self) -> "Update | None":
         """The way back of an update that was written, as one to write; None where a reload must be undone for it."""
@@ -90,21 +104,21 @@ class Update:
         return Update(self._model, [Reversed(write) for write in self.writes], None)
 
     def prove_written(self) -> bytes:
-        """Reads back what was written, and gives its digest. Raises NotProven."""
+        """Reads back what was not yet, once the device is idle; gives the digest of all. Raises NotProven."""
         hasher = blake3()
         for at, write in enumerate(self.writes):
-            if write.proof() != write.new_proof:
-                raise NotProven(f"write {at} of {len(self.writes)} reads back as something else")
+            if not write.on_host:
+                self._prove(at, write.new_proof)
             hasher.update(write.new_proof)
         if self._reload is not None:
             hasher.update(combine_tensors(self._reload.digests()))
         return hasher.digest()
 
     def prove_undone(self) -> None:
-        """Reads back what was put back. Raises NotProven."""
+        """Reads back what was not yet, once the device is idle. Raises NotProven."""
         for at, write in enumerate(self.writes):
-            if write.proof() != write.old_proof:
-                raise NotProven(f"write {at} of {len(self.writes)} reads back as something else than before")
+            if not write.on_host:
+                self._prove(at, write.old_proof)
         if self._reload is not None and not self._reload.is_undone():
             raise NotProven("a reloaded layer reads back as something else than before")
 

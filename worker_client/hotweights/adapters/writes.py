@@ -26,6 +26,9 @@ LINE_BYTES = 16
 """What a place costs at least, however little is written there: memory moves by lines (64 bytes, read and written),
 and it is on places far apart that the pause is spent."""
 INDEX_BYTES = 8
+AT_ONCE = 4096
+"""Places that are written and then read back: so many lines stay in the nearest caches. Read later, each costs three
+times what writing it costs."""
 _SUMMED = 1024
 
 Array = Any  # numpy.ndarray: its stubs differ between the versions that vLLM pins
@@ -38,6 +41,10 @@ class Write(Protocol):
     @property
     def new_bytes(self) -> int:
         """That are written; without the places."""
+
+    @property
+    def on_host(self) -> bool:
+        """Whether `proof` is cheapest right after the write; a device is asked when all writes are on their way."""
 
     @property
     def old_proof(self) -> bytes:
@@ -60,25 +67,41 @@ class Write(Protocol):
 class Elements:
     """Some values of a storage in host memory."""
 
+    on_host = True
+
     def __init__(self, live: Array, places: Array, new: Array) -> None:
         """`live` is the storage as an array of values, or of runs of them; `new` holds one for each place."""
         self._live, self._places = live, places
         self._new, self._old = new, live[places]
+        self._seen: Array | None = None
         self.new_bytes = int(new.nbytes)
         self.new_proof, self.old_proof = (_proof_of_array(values) for values in (new, self._old))
 
     def write(self) -> None:
-        self._live[self._places] = self._new
+        self._put(self._new)
 
     def undo(self) -> None:
-        self._live[self._places] = self._old
+        self._put(self._old)
+
+    def _put(self, values: Array) -> None:
+        """Writes, and reads back while the memory is near."""
+        self._seen, seen = None, np.empty_like(values)
+        for at in range(0, len(values), AT_ONCE):
+            places = self._places[at : at + AT_ONCE]
+            self._live[places] = values[at : at + AT_ONCE]
+            seen[at : at + AT_ONCE] = self._live[places]
+        self._seen = seen
 
     def proof(self) -> bytes:
-        return _proof_of_array(self._live[self._places])
+        """Right after a write or undo of what was read back then, else of what is there now."""
+        seen, self._seen = self._seen, None
+        return _proof_of_array(self._live[self._places] if seen is None else seen)
 
 
 class Whole:
     """All of a storage; what is to be lies elsewhere and is copied in the pause."""
+
+    on_host = True
 
     def __init__(
         self, live: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], new_proof: bytes
@@ -107,6 +130,10 @@ class Reversed:
     """A write that was done, the other way round."""
 
     done: Write
+
+    @property
+    def on_host(self) -> bool:
+        return self.done.on_host
 
     @property
     def new_bytes(self) -> int:
@@ -139,6 +166,7 @@ class Function:
     new: Any
     old: Any
     new_bytes: int = 0
+    on_host: bool = True
     old_proof: bytes = b"old"
     new_proof: bytes = b"new"
 
