@@ -16,8 +16,8 @@ AMX vLLM would pack them, and then their route is not this one (`python -m bench
                           an engine that leaves one core to others, as it has to on a machine with few of them
 
 The write, the undo and their reading back are timed in the rank, everything else as a caller sees it. Places are read
-back as they are written, which counts as the write; clearing the KV cache, which going back does, is apart. All parts of a
-ratio are taken in turns in the same run.
+back as they are written, which counts as the write; clearing the KV cache, which going back does, is apart. All parts
+of a ratio are taken in turns in the same run.
 """
 
 import argparse

@@ -28,10 +28,10 @@ class Server:
         os.environ["HOTWEIGHTS_ENDPOINT"] = "tcp://127.0.0.1:9"
         vllm_auto._attach = lambda front_end: False
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
         cores = os.sched_getaffinity(0)
-        if leave_a_core and len(cores) > 1:
+        if leave_a_core and len(cores) > 1:  # threads and processes take it over from the thread that starts them
             os.sched_setaffinity(0, cores - {min(cores)})
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.llm: Any = self.call(self._start(folder), START_DEADLINE_S)
         os.sched_setaffinity(0, cores)
 

@@ -187,19 +187,60 @@ def test_a_quantised_layer_is_not(model: Model, image: MappedImage) -> None:
     assert "Fp8LinearMethod" in reasons["one"]
 
 
-def test_a_module_on_which_the_loader_leaves_tensors_is_not(tmp_path: Path) -> None:
-    class Computes(Model):
+def test_an_attention_backend_that_keeps_tensors_is_looked_into(model: Model, image: MappedImage) -> None:
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.impl = SimpleNamespace(sinks=torch.ones(4))
+
+    model.three.attn = Attention()
+    found, reasons = direct(model, image)
+    assert found == ALL - {"three"}
+    assert reasons == {"three": "three.attn keeps sinks beside it"}
+
+
+def test_a_tied_module_that_no_loader_writes_goes_with_its_partner(tmp_path: Path) -> None:
+    class Skips(Model):
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            return super().load_weights((name, tensor) for name, tensor in weights if name != "four.weight")
+
+    image, model = an_image(tmp_path / "v1"), Skips()
+    model.four = Leaf(4)
+    model.three.weight = torch.nn.Parameter(model.four.weight.data, requires_grad=False)
+    model.load_weights(image)
+    assert direct(model, image) == (ALL, {})
+
+
+@pytest.mark.parametrize("how", ["attribute", "parameter", "data", "from a parameter", "from nothing"])
+def test_a_model_whose_loader_does_what_no_copy_tells_is_reloaded_whole(tmp_path: Path, how: str) -> None:
+    class Does(Model):
         def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
             super().load_weights(weights)
-            self.two.absorbed = self.two.weight[:3] @ self.two.weight[3:].t()
+            if how == "attribute":
+                self.two.absorbed = self.two.weight[:3] @ self.two.weight[3:].t()
+            elif how == "parameter":
+                self.two.weight = torch.nn.Parameter(self.two.weight * 2, requires_grad=False)
+            elif how == "data":
+                self.two.weight.data = self.two.weight.data.double()
+            elif how == "from a parameter":
+                self.four.weight.data.copy_(self.three.weight * 2)
+            else:
+                self.four.weight.data.copy_(torch.arange(4.0))
             return set()
 
-    image, model = an_image(tmp_path / "v1"), Computes()
-    model.load_weights(image)
-    del model.two.absorbed
-    found, reasons = direct(model, image)
-    assert found == ALL - {"two"}
-    assert reasons == {"two": "the loader makes its absorbed"}
+    image, model = an_image(tmp_path / "v1"), Does()
+    Model.load_weights(model, image)
+    plan = Plans().plan(model, image)
+    assert plan is not None
+    found = split(model, plan, plan.differing(model, image.tensors))
+    if how == "from a parameter":
+        # Known to be made of that tensor: it and what is made of it are reloaded together.
+        names = {module: name for name, module in model.named_modules()}
+        assert {names[module] for module in found.direct} == {"one", "two"}
+        assert set(found.tensors or ()) == {"three.weight", "four.weight"}
+    else:
+        assert (found.direct, found.tensors) == (frozenset(), None)
+        assert {"absorbed", "weight"} & {*found.reasons["one"].replace(".", " ").split()}
 
 
 # The plan: once, and as long as it holds.

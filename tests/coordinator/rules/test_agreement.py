@@ -349,7 +349,7 @@ def test_a_late_report_brings_its_own_fingerprints(fingerprints: tuple[str, ...]
     bench = proven(2)
     to_v2(bench, applying=("r0",))
     go, _ = bench.take(o.Apply, "r1")
-    bench.wait(700)
+    bench.wait(900)
     bench.take(o.Apply, "r1")
     bench.obey()
     assert not bench.phase().is_open

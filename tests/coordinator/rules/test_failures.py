@@ -351,7 +351,7 @@ def test_a_late_report_tells_what_a_given_up_replica_serves() -> None:
     bench = ready(2)
     bench.apply("r0")
     go, _ = bench.take(o.Apply, "r1")
-    bench.wait(700)
+    bench.wait(900)
     back, _ = bench.take(o.Apply, "r1")
     assert bench.outcomes()["r1"] is Outcome.DIVERGED
     bench.obey()

@@ -94,7 +94,7 @@ class FakeEngine:
     def _identify(self, rank: int) -> Status:
         return {"pid": 100 + rank, "started": 1, "device": self.device}
 
-    def _fingerprint(self, rank: int) -> Status:
+    def _fingerprint(self, rank: int, asked: str = "") -> Status:
         return {"done": True, "fingerprint": self.proof(rank)}
 
     def _prepare(self, rank: int, folder: str, name_map: dict[str, str], options: dict[str, Any]) -> Status:

@@ -129,7 +129,7 @@ async def test_an_engine_that_fell_asleep_meanwhile_keeps_what_was_read_back_in_
     engine.prepared = TARGET
     order = dataclasses.replace(an_order(), expected=(b"0:/stage/v2", b"1:/stage/v2"))
     result = await run_window(engine, order, BEFORE, asleep)
-    assert (result.outcome, result.fingerprints) == (Outcome.APPLIED, order.expected)
+    assert (result.outcome, result.fingerprints) == (Outcome.APPLIED, ()), "nobody measured them"
     assert "it sleeps" in result.note
 
 

@@ -82,8 +82,8 @@ class LoadPlan:
     """Of every parameter that the loader writes: the form that it wrote to."""
     sources: dict[str, set[str]] = field(default_factory=dict)
     """The checkpoint tensors that each parameter is made from."""
-    computed: dict[str, str] = field(default_factory=dict)
-    """Modules on which the loader put something else than parameters, and what."""
+    unclear: dict[str, str] = field(default_factory=dict)
+    """What the loader did that no copy tells, by module: such a model is not split, all of it is reloaded."""
 
     def differing(self, model: torch.nn.Module, image: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """Parameters for which the plan with these tensors does not give what the model holds now, and why.
@@ -138,21 +138,26 @@ def record_beside(live: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) ->
         raise NotRecorded(str(error)) from error
     try:
         twins.as_created()
-        plan = record(twins.model, tensors, {_number(tensor) for tensor in named_tensors(live).values()})
         names = {layer: name for name, layer in live.named_modules()}
+        before = {twin: _state(twin) for twin in twins.of.values()}
+        plan = record(twins.model, tensors, {_number(tensor) for tensor in named_tensors(live).values()})
         for layer, twin in twins.of.items():
-            for attribute in _computed(twins.initial[layer], twin):
-                plan.computed.setdefault(names[layer], f"the loader makes its {attribute}")
+            for attribute, now in _state(twin).items():
+                if before[twin].get(attribute) != now:
+                    plan.unclear.setdefault(names[layer], f"the loader makes or replaces its {attribute}")
         return plan
     finally:
         twins.forget()
 
 
-def _computed(before: dict[str, Any], twin: torch.nn.Module) -> Iterator[str]:
-    """Attributes, registered tensors apart, in which the loader left tensors."""
-    for name, value in twin.__dict__.items():
-        if name not in REGISTRIES and before.get(name) is not value and next(_tensors(value), None) is not None:
-            yield name
+def _state(twin: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
+    """Which tensors, over which storages, stand in each attribute; registered ones by their own names."""
+    registered = {**twin._parameters, **twin._buffers}
+    others = {name: value for name, value in twin.__dict__.items() if name not in REGISTRIES}
+    return {
+        name: tuple((id(tensor), _number(tensor)) for tensor in _tensors(value))
+        for name, value in (*registered.items(), *others.items())
+    }
 
 
 def record(model: Any, tensors: Mapping[str, torch.Tensor], untouchable: Collection[int] = ()) -> LoadPlan:
@@ -209,8 +214,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = list(_written(func, args, kwargs))
         if any(_number(tensor) in self._untouchable for tensor in written):
             raise NotRecorded(f"the loader leads to tensors that serve and writes to them by {func}")
-        makings = {name for tensor in _tensors((args, kwargs)) for name in self._makings.get(_number(tensor), ())}
+        targets = {_number(tensor) for tensor in written}
+        makings = {
+            name
+            for tensor in _tensors((args, kwargs))
+            if _number(tensor) not in targets
+            for name in self._makings.get(_number(tensor), ())
+        }
         owned = [tensor for tensor in written if _number(tensor) in self._targets]
+        if len(owned) > 1:
+            raise NotRecorded(f"the loader writes to several parameters at once, by {func}")
         if owned:
             return self._written_to(owned[0], func, args, makings)
         if func is torch.ops.aten._to_copy.default and args[0].device.type == "meta":
@@ -240,6 +253,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name, parameter = self._targets[_number(target)]
         self.plan.forms[name] = form(parameter)
         self.plan.sources.setdefault(name, set()).update(makings)
+        self._made(target, self.plan.sources[name])  # for what is computed from it
         if not target.numel():
             return target
         put = Slice(tuple(target.shape), target.stride(), int(target.storage_offset() - parameter.storage_offset()))
@@ -250,6 +264,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         origin = self._origin(source) if isinstance(source, torch.Tensor) else None
         if source is None or origin is None:
             self.plan.opaque.setdefault(name, f"the loader writes it by {func} with something it computed")
+            if not makings and (source is not None or not self.plan.sources[name]):
+                self.plan.unclear.setdefault(name.rpartition(".")[0], f"the loader computes {name} from nothing known")
         elif source.dtype not in (origin.dtype, target.dtype):
             self.plan.opaque.setdefault(name, f"the loader casts {origin.tensor} to {source.dtype} on the way")
         else:

@@ -24,7 +24,7 @@ class Plans:
     """Of one model. Used by the thread that prepares, and between its runs."""
 
     def __init__(self) -> None:
-        self._key: tuple[dict[str, TensorSpec], dict[str, tuple[int, Form]]] | None = None
+        self._key: tuple[tuple[tuple[str, TensorSpec], ...], dict[str, tuple[int, Form]]] | None = None
         self._plan: LoadPlan | None = None
         self._why_not = ""
         self._proven_with: list[bytes] = []
@@ -45,7 +45,7 @@ class Plans:
     def plan(self, model: torch.nn.Module, image: MappedImage) -> LoadPlan | None:
         """For images like this one; None when the loader could not be recorded."""
         tensors = {name: (tensor.data_ptr(), form(tensor)) for name, tensor in named_tensors(model).items()}
-        key = dict(image.specs), tensors
+        key = tuple(image.specs.items()), tensors  # their order counts where one is written over another
         if self._key != key:
             self._plan, self._why_not, self._proven_with = None, "", []
             try:

@@ -33,7 +33,7 @@ from hotweights.adapters.finite import check_finite as check_all_finite
 from hotweights.adapters.mapped import MappedImage, TensorSpec, check_specs, read_specs
 from hotweights.adapters.plans import Base, Plans
 from hotweights.adapters.twins import NoShadow
-from hotweights.adapters.undo import storages_bytes, storages_of
+from hotweights.adapters.undo import storages_bytes
 from hotweights.adapters.update import Made, Maker, packed_bytes
 from hotweights.worker_client.config import load_config
 from hotweights.worker_client.window.failpoints import Failpoints, parse_failpoints
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PROBE_SLICE_S = 0.005  # a serving engine waits at most about this long for one poll
+DROP_DEADLINE_S = 60.0
 DROP_WAIT_S = 0.02  # likewise: giving memory back to the system takes tens of ms a GB
 
 
@@ -159,6 +160,7 @@ class Rank:
         self._dropping: list[Job] = []
         self._closing: list[MappedImage] = []
         self._fingerprint: tuple[Job, Probe] | None = None
+        self._found: tuple[str, bytes] | None = None
 
     @property
     def model(self) -> torch.nn.Module:
@@ -168,14 +170,20 @@ class Rank:
     # Preparing
 
     def prepare(
-        self, folder: Path, name_map: Mapping[str, str], *, check_finite: bool = False, base: Path | None = None
+        self,
+        folder: Path,
+        name_map: Mapping[str, str],
+        *,
+        check_finite: bool = False,
+        base: Path | None = None,
+        anew: bool = False,
     ) -> None:
-        """Starts to prepare; the same folder again goes on with what was begun.
+        """Starts to prepare; the same folder again goes on with what was begun, unless `anew`.
 
         `base` is the image that is installed, where one is known.
         """
         held = self._prepared
-        same = self._folder == folder and (self._checking or not check_finite)
+        same = self._folder == folder and (self._checking or not check_finite) and not anew
         if same and held is not None and not held.applied:
             held.look_at_caches(self._worker.model_runner)
             return
@@ -187,8 +195,11 @@ class Rank:
         if self._retained is not None and self._retained.folder == folder and not check_finite:
             retained, self._retained = self._retained, None
         self.release()
+        dropping, self._dropping = self._dropping, []
         self._folder, self._checking = folder, check_finite
-        self._job = Job("prepare", lambda: _quietly(lambda: self._prepare(folder, names, check_finite, base, retained)))
+        self._job = Job(
+            "prepare", lambda: _quietly(lambda: self._prepare(folder, names, check_finite, base, retained, dropping))
+        )
 
     def _prepare(
         self,
@@ -197,14 +208,20 @@ class Rank:
         check_finite: bool,
         base: Path | None,
         retained: Prepared | None,
+        dropping: list[Job],
     ) -> Prepared:
-        _failpoints().hit("prepare.start")
-        if retained is not None:
-            if combine_tensors(self._digests()) == retained.made.tensors_before:
-                return retained
-            # Somebody else has written to the model, or it has slept its weights away.
-            retained.drop()
-            retained.image.close()
+        for job in dropping:  # its shadow leaves vLLM's books before another enters them
+            job.wait(DROP_DEADLINE_S)
+        try:
+            _failpoints().hit("prepare.start")
+            # Else somebody has written to the model, or it has slept its weights away.
+            if retained is not None and combine_tensors(self._digests()) == retained.made.tensors_before:
+                kept, retained = retained, None
+                return kept
+        finally:
+            if retained is not None:
+                retained.drop()
+                retained.image.close()
         image = MappedImage(folder, name_map)
         try:
             served = self._served_specs()
@@ -265,11 +282,10 @@ class Rank:
         return self._served
 
     def _bytes_needed(self) -> int:
-        """Of all ranks here, at most: every tensor as it was, packed weights twice, the largest storage on its way."""
+        """Of all ranks here, at most: every tensor as it was and as it is to be, and packed weights twice."""
         layers = list(self.model.modules())
         packed = sum(packed_bytes(layer) for _, layer, _ in packed_layers(self.model))
-        largest = max((storage.nbytes() for storage in storages_of(layers).values()), default=0)
-        return self._ranks_here() * (storages_bytes(layers) + 2 * packed + largest)
+        return self._ranks_here() * 2 * (storages_bytes(layers) + packed)
 
     def _ranks_here(self) -> int:
         parallel = self._worker.vllm_config.parallel_config
@@ -299,7 +315,7 @@ class Rank:
         update = held.made.update
         update.check_current()
         held.image.check_unaltered()
-        self._fingerprint = None  # one that is being computed would mix old and new
+        self._fingerprint = self._found = None  # one that is being computed would mix old and new
         held.applied, held.specs_before = True, self._served
         points = _failpoints()
         points.hit("apply.start")
@@ -326,7 +342,7 @@ class Rank:
             raise RankRefused("nothing is kept to go back to")
         _failpoints().hit("undo.start")
         if held.applied:
-            self._fingerprint = None
+            self._fingerprint = self._found = None
             self._clearing_s = 0.0
             self.synchronize()
             held.made.update.undo()
@@ -357,6 +373,8 @@ class Rank:
 
         False where there is none, or no memory to spare for it: release it then.
         """
+        if self._retained is not None and self._retained.folder == folder:
+            return True
         held = self._prepared
         back = None if held is None else held.way_back(folder)
         if back is None or not self._can_spare(back):
@@ -364,6 +382,14 @@ class Rank:
         self._drop(self._retained)
         self._prepared, self._folder, self._retained = None, None, back
         return True
+
+    def settle(self) -> bool:
+        """Unmaps what was dropped. False while something still holds a tensor of it."""
+        self._dropping = [job for job in self._dropping if not job.wait(DROP_WAIT_S)]
+        if self._dropping:
+            return False
+        self._closing = [image for image in self._closing if not image.close()]
+        return not self._closing
 
     def _can_spare(self, back: Prepared) -> bool:
         """Whether as much as it takes is free beside it."""
@@ -391,14 +417,12 @@ class Rank:
         self._drop(self._prepared)
         self._drop(self._retained)
         self._prepared, self._retained, self._folder = None, None, None
-        self._dropping = [job for job in self._dropping if not job.wait(DROP_WAIT_S)]
-        if self._dropping:
-            return False
-        self._closing = [image for image in self._closing if not image.close()]
-        return not self._closing
+        return self.settle()
 
-    def fingerprint_step(self) -> bytes | None:
-        """The fingerprint outside a window, in steps; None while it is not ready."""
+    def fingerprint_step(self, asked: str = "") -> bytes | None:
+        """The fingerprint outside a window, in steps; None while it is not ready. Kept for whoever asked for it."""
+        if asked and self._found is not None and self._found[0] == asked:
+            return self._found[1]
         if self._fingerprint is None:
             model = self.model
             self._fingerprint = Job("fingerprint", lambda: digest_tensors(model, threads=1)), Probe(model)
@@ -406,7 +430,8 @@ class Rank:
         if not job.done or not probe.run(PROBE_SLICE_S):
             return None
         self._fingerprint = None
-        return combine(job.result(), probe)
+        self._found = asked, combine(job.result(), probe)
+        return self._found[1]
 
     def synchronize(self) -> None:
         """FACTS: the device is idle before the first write and after the last."""

@@ -5,13 +5,14 @@ What the reload changed in the shadow is read off: new bytes for live storages, 
 could lead the reload out of the shadow into the live model, have no shadow: `NoShadow` names why.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import Any
 
 import torch
 
+from hotweights.adapters.direct import is_of_backend_base
 from hotweights.adapters.twins import REGISTRIES, NoShadow, Twins
 
 _PACKED = "cpu_linear"
@@ -102,7 +103,7 @@ def _survey(name: str, layer: torch.nn.Module, reloaded: bool) -> None:
         processing = getattr(type(layer), "process_weights_after_loading", None)
         of_impl = getattr(type(getattr(layer, "impl", None)), "process_weights_after_loading", None)
         # The base's does nothing; another could write into the impl, which the shadow shares with the live layer.
-        if processing is not Attention.process_weights_after_loading or not _is_of_backend_base(of_impl):
+        if processing is not Attention.process_weights_after_loading or not is_of_backend_base(of_impl):
             raise NoShadow(f"{where} processes its weights in a way of its own")
     for tensor in (*layer._parameters.values(), *layer._buffers.values()):
         if tensor is not None and (tensor.device.type != "cpu" or isinstance(tensor, torch.nn.UninitializedParameter)):
@@ -110,10 +111,6 @@ def _survey(name: str, layer: torch.nn.Module, reloaded: bool) -> None:
     for attribute, value in layer.__dict__.items():
         if attribute not in REGISTRIES and _leads_to_a_module(value):
             raise NoShadow(f"{where} refers to modules through {attribute}")
-
-
-def _is_of_backend_base(function: Callable[..., Any] | None) -> bool:
-    return getattr(function, "__qualname__", "").startswith("AttentionImplBase.")
 
 
 def _leads_to_a_module(value: Any, depth: int = 3) -> bool:

@@ -174,7 +174,7 @@ class Maker:
         self._worker, self._image, self._whole = worker, image, whole
         self._budget = Budget(device_budget_bytes)
         self._plan, self._split = plan, split
-        self._tensors = None if plan is None else split.tensors
+        self._tensors = split.tensors
         self._model: torch.nn.Module = worker.model_runner.get_model()
         self._live = named_tensors(self._model)
         self._names = _by_storage(dict(live_tensors(self._model)))

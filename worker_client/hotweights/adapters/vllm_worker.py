@@ -74,9 +74,12 @@ def hotweights_identify(self: Any) -> Status:
 
 
 @_answered
-def hotweights_fingerprint(self: Any) -> Status:
-    """Poll until `done`; the work is done beside the serving engine."""
-    digest = _rank(self).fingerprint_step()
+def hotweights_fingerprint(self: Any, asked: str = "") -> Status:
+    """Poll until `done`; the work is done beside the serving engine.
+
+    Ranks are not done at the same time: to the same `asked` one that is done goes on answering what it found.
+    """
+    digest = _rank(self).fingerprint_step(asked)
     return {"done": digest is not None, "fingerprint": digest or b""}
 
 
@@ -87,11 +90,12 @@ def hotweights_prepare(
     """Starts to prepare the image in `folder`; poll `hotweights_prepared`.
 
     `options`: `check_finite` (False) refuses an image with NaN or infinite values; `base` is the folder of the image
-    that is installed, without which nothing is written directly.
+    that is installed, without which nothing is written directly; `anew` (False) drops what was prepared before.
     """
     asked = options or {}
     base = Path(asked["base"]) if asked.get("base") else None
-    _rank(self).prepare(Path(folder), name_map, check_finite=bool(asked.get("check_finite")), base=base)
+    flags = {name: bool(asked.get(name)) for name in ("check_finite", "anew")}
+    _rank(self).prepare(Path(folder), name_map, base=base, **flags)
     return {}
 
 
@@ -155,11 +159,10 @@ def hotweights_release(self: Any, options: dict[str, Any] | None = None) -> Stat
 
     `options`: `retain` is the folder of the image that served before; the way back to it is kept ready where possible.
     """
-    folder = (options or {}).get("retain")
-    if folder and _rank(self).retain(Path(folder)):
-        return {"retained": True}
-    if _rank(self).release():
-        return {}
+    folder, rank = str((options or {}).get("retain") or ""), _rank(self)
+    retained = bool(folder) and rank.retain(Path(folder))
+    if rank.settle() if retained else rank.release():
+        return {"retained": retained}
     return {"ok": False, "reason": "a tensor of the mapped image is still in use"}
 
 

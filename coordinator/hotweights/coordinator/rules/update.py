@@ -268,7 +268,7 @@ def _end_overdue(turn: Turn, update_id: str) -> None:
         if due is None:
             options = turn.updates[update_id].options
             due = turn.now + turn.limits.lease_s + options.quiesce_deadline_s
-            due += 2 * options.apply_deadline_s + turn.limits.report_margin_s
+            due += 3 * options.apply_deadline_s + turn.limits.report_margin_s
             deadline_at = effort.deadline_at
             if turn.updates[update_id].phase is Phase.ROLLING_BACK:
                 deadline_at = max(deadline_at, due + turn.limits.roll_back_deadline_s)

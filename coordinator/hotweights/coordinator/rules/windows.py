@@ -47,9 +47,9 @@ def tell_apply(turn: Turn, update: UpdateRecord, seat: Seat, digest: str, *, res
 
 
 def _window_s(turn: Turn, update: UpdateRecord) -> float:
-    """How long after GO the report of a window may take. Twice the apply: a failed one is undone before it."""
+    """How long after GO the report of a window may take: an apply, the undo if it fails, the proof of what serves."""
     options, limits = update.options, turn.limits
-    return limits.go_validity_s + options.quiesce_deadline_s + 2 * options.apply_deadline_s + limits.report_margin_s
+    return limits.go_validity_s + options.quiesce_deadline_s + 3 * options.apply_deadline_s + limits.report_margin_s
 
 
 def defer(turn: Turn, update: UpdateRecord, replica: str) -> None:

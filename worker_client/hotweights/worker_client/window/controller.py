@@ -37,6 +37,7 @@ from hotweights.worker_client.window.window import (
     Unproven,
     WindowOrder,
     WindowResult,
+    differ,
     run_window,
 )
 
@@ -287,13 +288,15 @@ class ReplicaController:
         self._kept = None  # the ranks drop it for this
         async with self._preparing.borrowed(b"" if self._lost_weights else self.active_digest, deadline_s) as base:
             try:
-                prepared = await self._preparing.check(digest, folder, deadline_s, check_finite=check_finite, base=base)
+                prepared = await self._preparing.check(
+                    digest, folder, deadline_s, check_finite=check_finite, base=base, anew=self._lost_weights
+                )
             except (PrepareRefused, HotweightsError, Unanswered):
                 # Other ranks may read on: until they have stopped, the engine must not fall asleep.
                 await self._preparing.release(self.active_digest, RELEASE_DEADLINE_S)
                 raise
         if self.active_digest and not self.fingerprints and not self._lost_weights:
-            self.fingerprints = self._known[self.active_digest] = prepared.before
+            self.fingerprints = prepared.before
 
     async def _do_apply(self, taken: _Taken, report: pb.Report) -> None:
         order = taken.order.apply
@@ -328,14 +331,20 @@ class ReplicaController:
         if order.restore:
             taken.arrived = self._clock()  # however long it waited behind what it takes back
         if order.restore and self._kept is not None and target in (self._kept.digest, b""):
-            proof = self._kept.fingerprints
-            return await self._awake(taken, lambda: self._run(taken, "", proof))
+            return await self._awake(taken, lambda: self._go_back(taken))
         if target == self.active_digest or (order.restore and not target):
             self.active_version = order.version or self.active_version
             return WindowResult(Outcome.APPLIED, fingerprints=self.fingerprints)
         if self._clock() > taken.arrived + order.validity_s:
             return WindowResult(Outcome.EXPIRED, "the order had waited too long behind another")
         return await self._awake(taken, lambda: self._apply_image(taken))
+
+    async def _go_back(self, taken: _Taken) -> WindowResult:
+        if self._kept is not None:
+            return await self._run(taken, "", self._kept.fingerprints)
+        if taken.order.apply.manifest_digest:
+            return await self._apply_image(taken)
+        raise PrepareRefused("the weights of before are not known, and what was kept of them was slept away")
 
     async def _apply_image(self, taken: _Taken) -> WindowResult:
         target = taken.order.apply.manifest_digest
@@ -347,10 +356,11 @@ class ReplicaController:
             return WindowResult(Outcome.EXPIRED, CALLED_BACK)
         if self._sleep.deferred is not None or taken.order.apply.restore:
             taken.arrived = self._clock()
-        known = self._known.get(target, ())
-        if known and prepared.expected and known != prepared.expected:
+        known = self._known.get(target, (b"",) * len(prepared.expected))
+        if any(prepared.expected) and differ(prepared.expected, known):
             raise PrepareRefused("what is prepared has another fingerprint than the same version when it was installed")
-        return await self._run(taken, str(prepared.folder), prepared.expected or known)
+        expected = tuple(one or other for one, other in zip(prepared.expected, known, strict=True))
+        return await self._run(taken, str(prepared.folder), expected)
 
     async def _awake(self, taken: _Taken, open_window: Callable[[], Awaitable[WindowResult]]) -> WindowResult:
         """The window's result; of an engine that is asleep, opened when its owner wakes it, before anything runs.
@@ -359,11 +369,13 @@ class ReplicaController:
         """
         order = taken.order
         level = await self._sleep.level()
+        self._lost_weights = level > 1 and self._processes.lose_weights_asleep
+        if self._lost_weights:  # what was made ready was for the weights that were there
+            self._preparing.prepared = self._kept = None
         ready = order.apply.restore or self._preparing.holds(order.apply.manifest_digest)
         if ready and not level:
             return await open_window()
         self._open_window = order.update_id or "?"  # so that a reconnect is not taken for a lost order
-        self._lost_weights = level > 1 and self._processes.lose_weights_asleep and not ready
         try:
             if not level:
                 self._sleep.defer(order, "was asleep when it was staged; its window opens when that is checked")
@@ -411,7 +423,7 @@ class ReplicaController:
             self.active_digest, self._preparing.prepared = order.manifest_digest, None
         self.active_version = order.version
         self.fingerprints = result.fingerprints
-        if self.active_digest:
+        if self.active_digest and result.fingerprints:
             self._known[self.active_digest] = result.fingerprints
 
     async def _do_end(self, committed: bool) -> None:

@@ -7,6 +7,7 @@ ranks --identify--> processes, devices, kind  folder it was started from --the a
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,12 +111,12 @@ async def fingerprint(
     engine: Engine, sleep: Sleep, is_torn: Callable[[], bool], in_window: Callable[[], bool]
 ) -> tuple[bytes, ...]:
     """Of what serves now; empty when a rank cannot tell. Not asked for while a window is open or the engine sleeps."""
-    ends = time.monotonic() + FINGERPRINT_DEADLINE_S
+    ends, asked = time.monotonic() + FINGERPRINT_DEADLINE_S, uuid.uuid4().hex
     try:
         while time.monotonic() < ends and not is_torn():
             async with sleep.kept_away() as level:
                 while not level and time.monotonic() < ends and not is_torn() and not in_window():
-                    answers = await call_ranks(engine, "hotweights_fingerprint", CALL_DEADLINE_S)
+                    answers = await call_ranks(engine, "hotweights_fingerprint", CALL_DEADLINE_S, asked)
                     if failed := refusals(answers):
                         raise EngineFailed(failed)
                     if all(answer["done"] for answer in answers):
@@ -137,8 +138,9 @@ async def prove(engine: Engine, sleep: Sleep, deadline_s: float) -> tuple[bytes,
         async with sleep.kept_away() as level:
             if level:
                 raise NoProof("its owner put the engine to sleep")
+            asked = uuid.uuid4().hex
             while time.monotonic() < ends:
-                answers = await call_ranks(engine, "hotweights_fingerprint", CALL_DEADLINE_S)
+                answers = await call_ranks(engine, "hotweights_fingerprint", CALL_DEADLINE_S, asked)
                 if failed := refusals(answers):
                     raise EngineFailed(failed)
                 if all(answer["done"] for answer in answers):

@@ -39,7 +39,7 @@ class Prepared:
     before: tuple[bytes, ...]
     """What the ranks proved to serve meanwhile."""
     expected: tuple[bytes, ...]
-    """What they will prove to serve; empty where that shows only then."""
+    """What they will prove to serve; empty of a rank of which that shows only then."""
     checked_finite: bool
     caches_spoilt: bool
     routes: fleet_pb2.Routes
@@ -102,15 +102,16 @@ class Preparing:
                 await self._unmap(digest)
 
     async def check(
-        self, digest: bytes, folder: Path, deadline_s: float, *, check_finite: bool, base: Path | None
+        self, digest: bytes, folder: Path, deadline_s: float, *, check_finite: bool, base: Path | None, anew: bool
     ) -> Prepared:
         """Every rank checks; what they had for another image, and the way back from it, they drop.
 
-        `base` is the image that they serve, where it lies on this node. Raises PrepareRefused and what fails outside.
+        `base` is the image that they serve, where it lies on this node; `anew` drops what they had for this one.
+        Raises PrepareRefused and what fails outside.
         """
         ends = self._clock() + deadline_s
         self.prepared = None
-        plain = str(folder), self._name_map, {"check_finite": check_finite, "base": str(base or "")}
+        plain = str(folder), self._name_map, {"check_finite": check_finite, "base": str(base or ""), "anew": anew}
         answers = await call_ranks(self._engine, "hotweights_prepare", CALL_DEADLINE_S, *plain)
         if failed := refusals(answers):
             raise PrepareRefused(failed)
@@ -118,12 +119,11 @@ class Preparing:
         # Asked again: what the ranks have read by now is what was verified, or the agent says that it is not.
         await self.map(digest, deadline_s)
         spoilt = any(answer.get("caches_spoilt") for answer in answers)
-        expected = fingerprints(answers, "expected")
         self.prepared = Prepared(
             digest=digest,
             folder=folder,
             before=fingerprints(answers),
-            expected=expected if all(expected) else (),
+            expected=fingerprints(answers, "expected"),
             checked_finite=check_finite,
             caches_spoilt=spoilt,
             routes=_routes([answer["routes"] for answer in answers]),

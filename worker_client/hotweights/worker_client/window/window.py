@@ -55,7 +55,7 @@ class WindowOrder:
     version_before: str = ""
     """What outputs are tagged with again when the window goes back after it has resumed."""
     expected: tuple[bytes, ...] = ()
-    """Fingerprints the ranks must have afterwards, where they are known."""
+    """Fingerprints the ranks must have afterwards; empty ones are not known."""
     no_way_back: str = ""
     """Why the weights of before cannot be brought back; empty where they can."""
     processes: tuple[Process, ...] = ()
@@ -138,6 +138,11 @@ async def call_ranks(engine: Engine, method: str, deadline_s: float, *args: Any)
     return answers
 
 
+def differ(found: tuple[bytes, ...], expected: tuple[bytes, ...]) -> bool:
+    """Whether a rank has another fingerprint than is known of it."""
+    return any(known and known != there for there, known in zip(found, expected, strict=False))
+
+
 def refusals(answers: list[Status]) -> str:
     """Why ranks are not ok; empty when all are."""
     return "; ".join(f"rank {answer['rank']}: {answer['reason']}" for answer in answers if not answer["ok"])
@@ -202,11 +207,11 @@ class Window:
 
     async def _applied(self, answers: list[Status], note: str) -> WindowResult:
         """The engine serves what was written: proves the whole of it, or takes it back."""
-        begun, expected = self._clock(), self._order.expected
-        failed, proof = "", expected
+        begun, failed = self._clock(), ""
+        proof: tuple[bytes, ...] = ()
         try:
             proof = await self._prove()
-            if expected and proof != expected:
+            if differ(proof, self._order.expected):
                 failed = "the fingerprint is another than that of the version it is to serve"
         except NoProof as error:
             note = "; ".join(filter(None, (note, f"not all of it was fingerprinted: {error}")))
