@@ -27,11 +27,11 @@ class Recorded:
         self.key = ""
         self.row: dict[str, Any] = {}
 
-    def begin(self, architecture: str, ranks: int) -> None:
-        """What it is about; a test that ends before `swapped` has failed."""
-        self.key = f"{architecture}/{ranks}"
+    def begin(self, how: str, architecture: str, ranks: int) -> None:
+        """What it is about; a test that ends before `ended` has failed. `how`: an "engine", or the "class" alone."""
+        self.key = f"{architecture}/{ranks}/{how}"
 
-    def swapped(self, of_ranks: Sequence[dict[str, Any]], parts: Sequence[str]) -> None:
+    def ended(self, of_ranks: Sequence[dict[str, Any]], parts: Sequence[str] = ()) -> None:
         """All of it was as it must be: by which routes, and which partial versions were tried."""
         counts = {route: [sum(rank[route][at] for rank in of_ranks) for at in (0, 1)] for route in ROUTES}
         reasons = list(dict.fromkeys(reason for rank in of_ranks for reason in rank["reasons"]))

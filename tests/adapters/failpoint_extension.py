@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+import torch
+
 from hotweights.adapters.vllm_extension import HotweightsWorkerExtension
 
 if os.environ.get("TEST_PLAIN_LINEAR"):
@@ -25,10 +27,10 @@ class FailpointExtension(HotweightsWorkerExtension):
         return {}
 
     def inject_friend(self, there: bool) -> dict[str, Any]:
-        """A module reached by an attribute that is no child: nothing says where a loader may walk to."""
+        """A module, of no model, that is reached by an attribute: nothing says where a loader may walk to."""
         layers = list(self.model_runner.get_model().modules())
         if there:
-            layers[-1].__dict__["friends"] = [layers[1]]
+            layers[-1].__dict__["friends"] = [torch.nn.Linear(1, 1)]
         else:
             del layers[-1].__dict__["friends"]
         return {}
@@ -77,7 +79,6 @@ class FailpointExtension(HotweightsWorkerExtension):
         """Whether nothing of an assembled model is left: no modules, no entries in the reload's books."""
         import gc
 
-        import torch
         from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
         gc.collect()

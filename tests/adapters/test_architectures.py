@@ -73,7 +73,7 @@ def plain() -> Iterator[None]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_versions_are_swapped_bit_for_bit(architecture: str, ranks: int, tmp_path: Path, recorded: Recorded) -> None:
     one, two = (make_tiny_model(tmp_path / f"v{seed}", architecture, seed) for seed in (1, 2))
-    recorded.begin(architecture, ranks)
+    recorded.begin("engine", architecture, ranks)
     after = fresh(two, ranks)
     engine = ArchitectureEngine(one, ranks)
     try:
@@ -93,7 +93,7 @@ def test_versions_are_swapped_bit_for_bit(architecture: str, ranks: int, tmp_pat
         assert engine.found() == before
     finally:
         engine.close()
-    recorded.swapped(routes, parts)
+    recorded.ended(routes, parts)
 
 
 def check_part(

@@ -51,7 +51,7 @@ def split(model: torch.nn.Module, plan: LoadPlan, differing: Mapping[str, str]) 
     out: dict[torch.nn.Module, str] = {}
     for name, module in modules.items():
         if why := _processing(module):
-            for part in _reached(module):
+            for part in reached(module):
                 out.setdefault(part, f"{name} {why}")
     serving = {tensor.untyped_storage().data_ptr() for tensor in named_tensors(model).values()}
     for name, module in modules.items():
@@ -66,7 +66,7 @@ def split(model: torch.nn.Module, plan: LoadPlan, differing: Mapping[str, str]) 
     for name, module in written.items():
         if name in differing:
             out.setdefault(module, f"{name.rpartition('.')[2]} {differing[name]}")
-    _spread(model, plan, out)
+    spread(model, plan, out)
     direct = frozenset(_with_partners(model, {module for module in written.values() if module not in out}))
     rest = {name: module for name, module in written.items() if module in out}
     return Split(
@@ -77,7 +77,7 @@ def split(model: torch.nn.Module, plan: LoadPlan, differing: Mapping[str, str]) 
     )
 
 
-def _spread(model: torch.nn.Module, plan: LoadPlan, out: dict[torch.nn.Module, str]) -> None:
+def spread(model: torch.nn.Module, plan: LoadPlan, out: dict[torch.nn.Module, str]) -> None:
     """To modules that share memory or a checkpoint tensor with one that is out."""
     names = {module: name for name, module in model.named_modules()}
     groups: dict[Any, set[torch.nn.Module]] = {}
@@ -129,7 +129,8 @@ def is_of_backend_base(function: Any) -> bool:
     return function is None or getattr(function, "__qualname__", "").startswith("AttentionImplBase.")
 
 
-def _reached(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+def reached(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """It, its parts, and the modules that it holds otherwise."""
     yield from module.modules()
     for value in module.__dict__.values():
         if isinstance(value, torch.nn.Module):

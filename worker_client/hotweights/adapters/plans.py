@@ -6,7 +6,6 @@ an update have it proven anew.
 """
 
 import logging
-from collections.abc import Callable
 
 import torch
 
@@ -16,7 +15,6 @@ from hotweights.adapters.mapped import MappedImage, TensorSpec, check_specs
 
 log = logging.getLogger(__name__)
 
-Base = Callable[[], MappedImage]
 KEPT = 8  # digests of what was installed lately: going back and forth needs no new proof
 
 
@@ -29,16 +27,19 @@ class Plans:
         self._why_not = ""
         self._proven_with: list[bytes] = []
         self._differing: dict[str, str] = {}
+        self.rehearsed = False
+        """Whether vLLM's reload was seen to make what is installed, for this layout."""
 
-    def split(self, model: torch.nn.Module, image: MappedImage, base: Base | None, serving: bytes) -> Split:
-        """Which modules are direct. `serving` is the digest of what the model holds, `base` opens its image."""
+    def split(self, model: torch.nn.Module, image: MappedImage, base: MappedImage | None, serving: bytes) -> Split:
+        """Which modules are direct. `serving` is the digest of what the model holds, `base` its image."""
         plan = self.plan(model, image)
         if plan is None:
             return nothing_direct(model, None, self._why_not)
         if serving not in self._proven_with:
             if base is None:
                 return nothing_direct(model, plan, "the version that is installed is not known here")
-            self._prove(plan, model, image, base)
+            check_specs(base.specs, image.specs)
+            self._differing = plan.differing(model, base.tensors)
             self._proven_with = [serving]
         return split(model, plan, self._differing)
 
@@ -47,7 +48,7 @@ class Plans:
         tensors = {name: (tensor.data_ptr(), form(tensor)) for name, tensor in named_tensors(model).items()}
         key = tuple(image.specs.items()), tensors  # their order counts where one is written over another
         if self._key != key:
-            self._plan, self._why_not, self._proven_with = None, "", []
+            self._plan, self._why_not, self._proven_with, self.rehearsed = None, "", [], False
             try:
                 self._plan = record_beside(model, image.tensors)
             except NotRecorded as error:
@@ -55,14 +56,6 @@ class Plans:
                 log.warning("no load plan: %s", error)
             self._key = key
         return self._plan
-
-    def _prove(self, plan: LoadPlan, model: torch.nn.Module, image: MappedImage, base: Base) -> None:
-        installed = base()
-        try:
-            check_specs(installed.specs, image.specs)
-            self._differing = plan.differing(model, installed.tensors)
-        finally:
-            installed.close()
 
     def written(self, before: bytes, after: bytes) -> None:
         """An update wrote another digest by the plan: what was proven holds for that too. Empty: that is not known."""

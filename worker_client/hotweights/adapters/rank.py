@@ -31,7 +31,7 @@ from hotweights.adapters.fingerprint import (
 )
 from hotweights.adapters.finite import check_finite as check_all_finite
 from hotweights.adapters.mapped import MappedImage, TensorSpec, check_specs, read_specs
-from hotweights.adapters.plans import Base, Plans
+from hotweights.adapters.plans import Plans
 from hotweights.adapters.twins import NoShadow
 from hotweights.adapters.undo import storages_bytes
 from hotweights.adapters.update import Made, Maker, packed_bytes
@@ -89,9 +89,17 @@ class Job:
 class Prepared:
     """An update that was made ready, and the image it is from."""
 
-    def __init__(self, folder: Path, image: MappedImage, made: Made, specs: Mapping[str, TensorSpec]) -> None:
-        """`image` is what the writes read from, `specs` are of what is served after it."""
+    def __init__(
+        self,
+        folder: Path,
+        image: MappedImage,
+        made: Made,
+        specs: Mapping[str, TensorSpec],
+        base: MappedImage | None = None,
+    ) -> None:
+        """`image` is what the writes read from, `specs` are of what is served after it, `base` is what is served."""
         self.folder = folder
+        self.base = base
         self.image = image
         self.specs = specs
         self._made: Made | None = made
@@ -109,6 +117,9 @@ class Prepared:
         """Frees its memory, in whatever thread this is."""
         made, self._made = self.made, None
         made.drop()
+        del made
+        if self.base is not None:
+            self.base.close()
 
     def way_back(self, folder: Path) -> "Prepared | None":
         """Of one that was applied, as one to apply, of the image in `folder`; None where there is none."""
@@ -231,13 +242,20 @@ class Rank:
                 check_all_finite(image)
             memory.require("the update and the way back", self._bytes_needed())
             image.populate()
-            made = self._make(image, None if base is None else lambda: MappedImage(base, name_map), served is not None)
+            installed = None if base is None else MappedImage(base, name_map)
         except Exception:
             image.close()
             raise
-        return Prepared(folder, image, made, image.specs)
+        try:
+            made = self._make(image, installed, whole=served is not None)
+        except Exception:
+            for mapped in (image, installed):
+                if mapped is not None:
+                    mapped.close()
+            raise
+        return Prepared(folder, image, made, image.specs, installed)
 
-    def _make(self, image: MappedImage, base: Base | None, whole: bool) -> Made:
+    def _make(self, image: MappedImage, base: MappedImage | None, *, whole: bool) -> Made:
         """By HOTWEIGHTS_ROUTE; `auto` takes for each module the first route that is known to be right."""
         wanted, model = load_config().route, self.model
         before = self._digests()
@@ -248,15 +266,20 @@ class Rank:
         if wanted == "direct" and split.reasons:
             name, reason = next(iter(split.reasons.items()))
             raise NotDirect(f"{len(split.reasons)} modules cannot be written directly, first {name}: {reason}")
+        # Whoever asks for vLLM's reload has it without a rehearsal.
+        rehearsal = base if not self._plans.rehearsed and wanted != "reload" else None
         plan, budget = self._plans.plan(model, image), self._device_budget()
-        maker = Maker(self._worker, image, plan, split, whole=whole, device_budget_bytes=budget)
+        maker = Maker(self._worker, image, plan, split, whole=whole, base=rehearsal, device_budget_bytes=budget)
         if wanted != "reload":
             try:
-                return maker.make(before, maker.assemble())
+                made = maker.make(before, maker.assemble())
             except NoShadow as error:
                 if wanted == "assembled":
                     raise
                 log.warning("the route of some modules is reload, with a longer pause: %s", error)
+            else:
+                self._plans.rehearsed |= made.reloads and base is not None
+                return made
         return maker.make(before, None)
 
     def _device_budget(self) -> int:
@@ -328,6 +351,7 @@ class Rank:
         points.hit("apply.end")
         self._served = held.specs
         self._plans.written(held.made.tensors_before, held.made.tensors_after)
+        self._plans.rehearsed |= held.made.reloads and held.base is not None
         return held
 
     def prove_written(self) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hotweights.adapters.experts import packed_experts
 from hotweights.adapters.fingerprint import digest_tensor
 from hotweights.adapters.mapped import MappedImage
 from hotweights.adapters.undo import Copies, Snapshot
@@ -21,12 +22,17 @@ class NotWhole(Exception):
     """The apply did not cover the layers; the text names what is missing."""
 
 
+class NotReproduced(Exception):
+    """vLLM's reload of what is installed makes something else than what serves: it is not to be relied on here."""
+
+
 class Reload:
     """What a window reloads of the live model: the layers, and the copies that bring them back.
 
     `tensors` names those of the image that the layers are made from; None takes all. `whole` tells that the image has
     the very tensors the model was loaded from, so that a layer that looks only partly loaded is one with padding.
-    Without that knowledge such a layer is refused.
+    Without that knowledge such a layer is refused. `must` are the layers that have to be loaded. With a `base`, the
+    image that is installed, the first write is rehearsed in the same pause: reloading that has to change nothing.
     """
 
     def __init__(
@@ -37,9 +43,14 @@ class Reload:
         tensors: Collection[str] | None,
         *,
         whole: bool,
+        must: Collection[torch.nn.Module],
+        base: MappedImage | None,
     ) -> None:
+        for layer in layers:
+            if packed_experts(layer) is not None:
+                raise NotReproduced(f"the experts of {type(layer).__name__} are packed, which a reload does not do")
         self._worker, self._image, self._layers = worker, image, layers
-        self._tensors, self._whole = tensors, whole
+        self._tensors, self._whole, self._must, self._base = tensors, whole, must, base
         self._copies = Copies(layers)
         self._before = self.digests()
         self._snapshot: Snapshot | None = None
@@ -68,9 +79,24 @@ class Reload:
 
     def write(self, after: AfterTensors) -> None:
         """Leaves the layers half-written when it raises: `undo` is the caller's."""
-        model = self._model
-        self._snapshot = Snapshot(model)
-        layerwise_reload(self._worker, model, self._image, after, self._layers, self._tensors, whole=self._whole)
+        self._snapshot = Snapshot(self._model)
+        if self._base is not None:
+            self._reload(self._base, lambda count: None)
+            changed = [name for name, digest in self.digests().items() if digest != self._before.get(name)]
+            if changed:
+                raise NotReproduced(
+                    f"vLLM's reload of what is installed changes {len(changed)} tensors, first {changed[0]}; "
+                    "HOTWEIGHTS_ROUTE=reload relies on it all the same"
+                )
+            self._base = None
+        self._reload(self._image, after)
+
+    def _reload(self, image: MappedImage, after: AfterTensors) -> None:
+        layerwise_reload(
+            *(self._worker, self._model, image, after, self._layers, self._tensors),
+            whole=self._whole,
+            must=self._must,
+        )
 
     def undo(self) -> None:
         """Puts everything back, in the reload's books too."""
@@ -106,10 +132,11 @@ def layerwise_reload(
     tensors: Collection[str] | None,
     *,
     whole: bool,
+    must: Collection[torch.nn.Module],
 ) -> None:
     """vLLM's own reload of these layers of `model`, which is the worker's or a shadow of it.
 
-    Raises NotWhole and what loaders raise.
+    Raises NotWhole, where one of those that `must` be loaded is not too, and what loaders raise.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -122,7 +149,10 @@ def layerwise_reload(
         after(consumed[0])
         if consumed[0] != wanted:
             raise NotWhole(f"the model took {consumed[0]} of {wanted} tensors")
-        stale: list[Any] = [layer for layer in layers if _shares_but_was_not_loaded(layer)]
+        for layer in must:
+            if _was_not_loaded(layer):
+                raise NotWhole(f"a {type(layer).__name__} got no value at all")
+        stale: list[Any] = [layer for layer in layers if _was_not_loaded(layer)]
         if not whole:
             _check_whole(model, layers, loaded if tensors is None else None)
         finalize_layerwise_reload(only, worker.model_config)
@@ -142,7 +172,7 @@ def _counted(
             yield name, tensor
 
 
-def _shares_but_was_not_loaded(layer: torch.nn.Module) -> bool:
+def _was_not_loaded(layer: torch.nn.Module) -> bool:
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     info = get_layerwise_info(layer)

@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-from hotweights.adapters.direct import is_of_backend_base
+from hotweights.adapters.direct import is_of_backend_base, reached
+from hotweights.adapters.experts import packed_experts
+from hotweights.adapters.mapped import MappedImage
+from hotweights.adapters.routes import layerwise_reload
 from hotweights.adapters.twins import REGISTRIES, NoShadow, Twins
 
 _PACKED = "cpu_linear"
@@ -32,16 +35,42 @@ class Shadow:
     """Of the modules `of` a live model; those share no memory with others. Raises NoShadow."""
 
     def __init__(self, live: torch.nn.Module, of: Collection[torch.nn.Module]) -> None:
+        known = set(live.modules())
         for name, layer in live.named_modules():
-            _survey(name, layer, layer in of)
+            if layer in of:
+                _survey(name, layer, known)
         self._of = of
         self._twins = Twins(live, lambda layer: layer in of)
         self.model = self._twins.model
 
-    @property
-    def layers(self) -> list[torch.nn.Module]:
-        """The twins of the modules it is of."""
-        return [twin for layer, twin in self._twins.of.items() if layer in self._of]
+    def reload(
+        self,
+        worker: Any,
+        image: MappedImage,
+        tensors: Collection[str] | None,
+        *,
+        whole: bool,
+        must: Collection[torch.nn.Module],
+    ) -> None:
+        """By vLLM's layerwise reload, from these tensors of the image (None: all). `must` are the live modules' own.
+
+        Raises NotWhole and what loaders raise.
+        """
+        twins = [twin for layer, twin in self._twins.of.items() if layer in self._of]
+        loaded = [self._twins.of[layer] for layer in must if layer in self._of]
+        layerwise_reload(worker, self.model, image, lambda count: None, twins, tensors, whole=whole, must=loaded)
+        for twin in loaded:
+            if (experts := packed_experts(twin)) is not None:
+                experts.process_weights_after_loading(twin)
+
+    def differing(self) -> str:
+        """A tensor of which the live one holds something else; empty when there is none."""
+        for layer, twin in self._twins.of.items():
+            if layer in self._of:
+                for live, new in _tensor_pairs(layer, twin):
+                    if not torch.equal(_as_bytes(live), _as_bytes(new)):
+                        return f"a tensor of {type(layer).__name__} of shape {list(live.shape)}"
+        return ""
 
     def storages(self) -> dict[int, torch.UntypedStorage]:
         """What the live storages are to hold, by their addresses; equal ones too. Raises NoShadow."""
@@ -88,16 +117,27 @@ def _tensor_pairs(layer: torch.nn.Module, twin: torch.nn.Module) -> Iterator[tup
             yield live, new
 
 
-def _survey(name: str, layer: torch.nn.Module, reloaded: bool) -> None:
-    """Raises NoShadow unless vLLM's reload of this layer is known to stay within its own tensors.
+def beyond(live: torch.nn.Module, layers: Collection[torch.nn.Module]) -> dict[torch.nn.Module, str]:
+    """Those of the layers that cannot be in a shadow, and why; with all that they are known to compute from."""
+    known = set(live.modules())
+    found: dict[torch.nn.Module, str] = {}
+    for name, layer in live.named_modules():
+        if layer in layers:
+            try:
+                _survey(name, layer, known)
+            except NoShadow as error:
+                found.update({part: str(error) for part in reached(layer) if part in layers})
+    return found
 
-    One that is not `reloaded` has no tensors in the shadow; but loaders come by, and attention is processed anyway.
-    """
+
+def _survey(name: str, layer: torch.nn.Module, known: set[torch.nn.Module]) -> None:
+    """Raises NoShadow unless vLLM's reload of this layer is known to stay within its own tensors."""
     from vllm.model_executor.layers.attention import Attention, is_deferred_attention_layer
 
     where = f"{name or 'the model'} ({type(layer).__name__})"
     method = getattr(layer, "quant_method", None)
-    if reloaded and method is not None and type(method).__name__ not in _METHODS:
+    understood = type(method).__name__ in _METHODS or packed_experts(layer) is not None
+    if method is not None and not understood:
         raise NoShadow(f"{where} has the method {type(method).__name__}")
     if is_deferred_attention_layer(layer):
         processing = getattr(type(layer), "process_weights_after_loading", None)
@@ -109,17 +149,19 @@ def _survey(name: str, layer: torch.nn.Module, reloaded: bool) -> None:
         if tensor is not None and (tensor.device.type != "cpu" or isinstance(tensor, torch.nn.UninitializedParameter)):
             raise NoShadow(f"{where} has tensors that are not in host memory")
     for attribute, value in layer.__dict__.items():
-        if attribute not in REGISTRIES and _leads_to_a_module(value):
-            raise NoShadow(f"{where} refers to modules through {attribute}")
+        if attribute not in REGISTRIES and _leads_out(value, known):
+            raise NoShadow(f"{where} leads out of the model through {attribute}")
 
 
-def _leads_to_a_module(value: Any, depth: int = 3) -> bool:
-    """Whether a loader could walk from an attribute to live modules or parameters."""
+def _leads_out(value: Any, known: set[torch.nn.Module], depth: int = 3) -> bool:
+    """Whether a loader could walk from an attribute to live modules or parameters; those of the model have twins."""
+    if isinstance(value, set):
+        return any(isinstance(item, (torch.nn.Module, torch.nn.Parameter)) for item in value)
     if isinstance(value, dict):
         value = tuple(value.values())
-    if isinstance(value, (list, tuple, set)) and depth:
-        return any(_leads_to_a_module(item, depth - 1) for item in value)
-    return isinstance(value, (torch.nn.Module, torch.nn.Parameter))
+    if isinstance(value, (list, tuple)) and depth:
+        return any(_leads_out(item, known, depth - 1) for item in value)
+    return isinstance(value, torch.nn.Parameter) or (isinstance(value, torch.nn.Module) and value not in known)
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -89,8 +89,14 @@ class Twins:
             _check_loader(name, value)
         return data
 
-    def _rebound(self, value: Any) -> Any:
-        """A method of a live module becomes the twin's."""
+    def _rebound(self, value: Any, depth: int = 3) -> Any:
+        """A live module becomes its twin, in lists too, and a method of one the twin's."""
+        if isinstance(value, torch.nn.Module):
+            return self.of.get(value, value)
+        if type(value) in (list, tuple, dict) and depth and holds_modules(value):
+            if isinstance(value, dict):
+                return {name: self._rebound(item, depth - 1) for name, item in value.items()}
+            return type(value)(self._rebound(item, depth - 1) for item in value)
         if isinstance(value, MethodType) and isinstance(value.__self__, torch.nn.Module):
             if value.__self__ not in self.of:
                 raise NoShadow(f"{value.__qualname__} is bound to a module outside the model")
@@ -118,6 +124,15 @@ class Twins:
         self.initial.clear()
         self._tensors.clear()
         self._storages.clear()
+
+
+def holds_modules(value: Any, depth: int = 3) -> bool:
+    """Whether a container leads to modules."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, (list, tuple, set)) and depth:
+        return any(holds_modules(item, depth - 1) for item in value)
+    return isinstance(value, torch.nn.Module)
 
 
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:

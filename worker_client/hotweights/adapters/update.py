@@ -9,7 +9,7 @@ What is written in the pause is read back there; everything is fingerprinted bef
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from blake3 import blake3
 
 from hotweights.adapters.device_writes import Budget, device_write
-from hotweights.adapters.direct import Split
+from hotweights.adapters.direct import Split, spread
 from hotweights.adapters.fingerprint import (
     Probe,
     Proof,
@@ -27,8 +27,8 @@ from hotweights.adapters.fingerprint import (
 )
 from hotweights.adapters.load_plan import Copy, LoadPlan, named_tensors
 from hotweights.adapters.mapped import MappedImage
-from hotweights.adapters.routes import AfterTensors, Reload, layerwise_reload
-from hotweights.adapters.shadow import Shadow
+from hotweights.adapters.routes import AfterTensors, NotReproduced, Reload
+from hotweights.adapters.shadow import Shadow, beyond
 from hotweights.adapters.twins import NoShadow
 from hotweights.adapters.undo import ChangedSincePrepare, storage_bytes, storages_of
 from hotweights.adapters.writes import Function, Reversed, Write, difference, host_write
@@ -151,6 +151,11 @@ class Made:
             shadow=self.shadow,
         )
 
+    @property
+    def reloads(self) -> bool:
+        """Whether vLLM's reload has a part in it, in the pause or before."""
+        return self.routes.assembled[0] > 0 or self.routes.reload[0] > 0
+
     def drop(self) -> None:
         """Takes the shadow out of vLLM's books: its memory goes with this."""
         if self.shadow is not None:
@@ -168,37 +173,89 @@ class Maker:
         split: Split,
         *,
         whole: bool,
+        base: MappedImage | None,
         device_budget_bytes: int,
     ) -> None:
-        """`plan` is None only where nothing is direct; `whole` as for Reload; the budget is a device's, for writes."""
-        self._worker, self._image, self._whole = worker, image, whole
+        """`plan` is None only where nothing is direct; `whole` as for Reload; the budget is a device's, for writes.
+
+        `base` is the image that is installed, where reloading has to be rehearsed with it; whoever made it closes it.
+        """
+        self._worker, self._image, self._whole, self._base = worker, image, whole, base
         self._budget = Budget(device_budget_bytes)
         self._plan, self._split = plan, split
         self._tensors = split.tensors
+        named = dict(worker.model_runner.get_model().named_modules(remove_duplicate=False))
+        self._must = [] if plan is None else [named[name] for name in split.reasons]
         self._model: torch.nn.Module = worker.model_runner.get_model()
         self._live = named_tensors(self._model)
         self._names = _by_storage(dict(live_tensors(self._model)))
         self._after: dict[str, bytes] = {}
+        self._left: Collection[torch.nn.Module] = split.rest
+        """What is left to the reload in the pause."""
 
     def assemble(self) -> Shadow | None:
-        """The rest, reloaded beforehand; None where there is nothing to reload.
+        """What of the rest can be reloaded beforehand is; None where that is nothing. The others are left to the pause.
 
-        Raises NoShadow, NotWhole and what a loader raises.
+        Raises NoShadow, NotWhole, NotReproduced and what a loader raises.
         """
-        if self._tensors is not None and not self._tensors:
-            return None
         if self._worker.vllm_config.lora_config is not None:
             raise NoShadow("the engine serves LoRA adapters")
-        shadow = Shadow(self._model, self._split.rest)
+        beyond_it = beyond(self._model, self._split.rest)
+        if self._plan is None or self._tensors is None:
+            if beyond_it:
+                raise NoShadow(next(iter(beyond_it.values())))
+            if self._base is not None:
+                self._compare(self._base, self._split.rest, None)
+            self._left = ()
+            return self._assembled(self._image, self._split.rest, None)
+        spread(self._model, self._plan, beyond_it)
+        ahead = [module for module in self._split.rest if module not in beyond_it]
+        tensors = self._made_from(module for module in self._must if module not in beyond_it)
+        if not tensors:
+            return None
+        if self._base is not None:
+            self._rehearse(self._base, ahead)
+        shadow = self._assembled(self._image, ahead, tensors)
+        self._left = [module for module in self._split.rest if module in beyond_it]
+        return shadow
+
+    def _made_from(self, modules: Iterable[torch.nn.Module]) -> set[str]:
+        """The checkpoint tensors of these modules."""
+        assert self._plan is not None
+        wanted, named = set(modules), dict(self._model.named_modules(remove_duplicate=False))
+        owned = [name for name in self._plan.forms if named[name.rpartition(".")[0]] in wanted]
+        return self._plan.tensors_for(owned)
+
+    def _assembled(
+        self, image: MappedImage, of: Collection[torch.nn.Module], tensors: Collection[str] | None
+    ) -> Shadow:
+        shadow = Shadow(self._model, of)
         try:
-            layerwise_reload(
-                *(self._worker, shadow.model, self._image, lambda count: None, shadow.layers, self._tensors),
-                whole=self._whole,
-            )
+            shadow.reload(self._worker, image, tensors, whole=self._whole, must=self._must)
         except Exception:
             shadow.forget()
             raise
         return shadow
+
+    def _rehearse(self, base: MappedImage, ahead: Collection[torch.nn.Module]) -> None:
+        """Assembles what is installed, and compares: of modules that keep what they computed in their tensors.
+
+        What serves is what vLLM's loading made; that its reload makes the same is not a matter of course. Packed linear
+        layers, which keep nothing that could be read, are left out. Raises NotReproduced.
+        """
+        unreadable = {module for module in self._must if not storages_of([module])}
+        tensors = self._made_from(module for module in self._must if module in ahead and module not in unreadable)
+        if not tensors:
+            return
+        self._compare(base, [module for module in ahead if module not in unreadable], tensors)
+
+    def _compare(self, base: MappedImage, of: Collection[torch.nn.Module], tensors: Collection[str] | None) -> None:
+        shadow = self._assembled(base, of, tensors)
+        try:
+            if found := shadow.differing():
+                raise NotReproduced(f"vLLM's reload of what is installed makes something else of {found}")
+        finally:
+            shadow.forget()
 
     def make(self, before: Mapping[str, bytes], shadow: Shadow | None) -> Made:
         """`before` are the digests of what serves; without a shadow the rest is reloaded in the pause.
@@ -214,6 +271,8 @@ class Maker:
 
     def _make(self, before: Mapping[str, bytes], shadow: Shadow | None) -> Made:
         self._after = dict(before)
+        if shadow is None:
+            self._left = self._split.rest
         writes = list(self._writes({} if shadow is None else shadow.storages()))
         reload = None
         if shadow is not None:
@@ -221,13 +280,16 @@ class Maker:
                 Function(repacked.layer, "cpu_linear", repacked.function, repacked.layer.__dict__.get("cpu_linear"))
                 for repacked in shadow.repacked()
             )
-        elif self._tensors is None or self._tensors:
-            reload = Reload(self._worker, self._image, self._split.rest, self._tensors, whole=self._whole)
+        must = [module for module in self._must if module in self._left]
+        tensors = None if self._tensors is None else self._made_from(must)
+        if self._left and (tensors is None or tensors):
+            what = self._worker, self._image, self._left, tensors
+            reload = Reload(*what, whole=self._whole, must=must, base=self._base)
         tensors_before, tensors_after = combine_tensors(before), combine_tensors(self._after)
         probe = Probe(self._model if shadow is None else shadow.model)
         return Made(
             update=Update(self._model, writes, reload),
-            routes=self._routes(assembled=shadow is not None),
+            routes=self._routes(),
             before=Proof(tensors_before, Probe(self._model)),
             after=Proof(tensors_after, probe) if reload is None else None,
             tensors_before=tensors_before,
@@ -277,17 +339,19 @@ class Maker:
             pairs = [(storage_bytes(storage), storage_bytes(new))]  # the pause is not for casting
         return new, pairs
 
-    def _routes(self, *, assembled: bool) -> Routes:
-        names = dict(self._model.named_modules(remove_duplicate=False))
-        direct = [_held_bytes(module) for module in self._split.direct]
-        rest = [_held_bytes(names[name]) for name in self._split.reasons]
-        summed = (len(rest), sum(rest))
+    def _routes(self) -> Routes:
+        named = dict(self._model.named_modules(remove_duplicate=False))
+        rest = [named[name] for name in self._split.reasons]
         return Routes(
-            direct=(len(direct), sum(direct)),
-            assembled=summed if assembled else (0, 0),
-            reload=(0, 0) if assembled else summed,
+            direct=_counted(self._split.direct),
+            assembled=_counted([module for module in rest if module not in self._left]),
+            reload=_counted([module for module in rest if module in self._left]),
             reasons=tuple(_told(self._split.reasons)),
         )
+
+
+def _counted(modules: Collection[torch.nn.Module]) -> tuple[int, int]:
+    return len(modules), sum(_held_bytes(module) for module in modules)
 
 
 def packed_bytes(layer: torch.nn.Module) -> int:
