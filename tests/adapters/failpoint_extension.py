@@ -30,9 +30,9 @@ class FailpointExtension(HotweightsWorkerExtension):
         """A module, of no model, that is reached by an attribute: nothing says where a loader may walk to."""
         layers = list(self.model_runner.get_model().modules())
         if there:
-            layers[-1].__dict__["friends"] = [torch.nn.Linear(1, 1)]
+            layers[0].__dict__["friends"] = [torch.nn.Linear(1, 1)]
         else:
-            del layers[-1].__dict__["friends"]
+            del layers[0].__dict__["friends"]
         return {}
 
     def forget_plans(self) -> dict[str, Any]:

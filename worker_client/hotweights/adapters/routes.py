@@ -85,8 +85,9 @@ class Reload:
             changed = [name for name, digest in self.digests().items() if digest != self._before.get(name)]
             if changed:
                 raise NotReproduced(
-                    f"vLLM's reload of what is installed changes {len(changed)} tensors, first {changed[0]}; "
-                    "HOTWEIGHTS_ROUTE=reload relies on it all the same"
+                    f"loading the version that is said to be installed changes {len(changed)} tensors, first "
+                    f"{changed[0]}: another is installed, or vLLM's reload is not to be relied on here; "
+                    "HOTWEIGHTS_ROUTE=reload does so all the same"
                 )
             self._base = None
         self._reload(self._image, after)

@@ -253,7 +253,10 @@ class Maker:
         shadow = self._assembled(base, of, tensors)
         try:
             if found := shadow.differing():
-                raise NotReproduced(f"vLLM's reload of what is installed makes something else of {found}")
+                raise NotReproduced(
+                    f"loading the version that is said to be installed makes something else of {found} than what serves: "
+                    "another is installed, or vLLM's reload is not to be relied on here"
+                )
         finally:
             shadow.forget()
 
