@@ -52,7 +52,7 @@ def make_tiny_model(folder: Path, architecture: str, seed: int) -> Path:
     return folder
 
 
-def make_quantised_model(folder: Path, seed: int) -> Path:
+def make_int8_model(folder: Path, seed: int) -> Path:
     """A Llama whose linear layers are int8 with a scale for each output (compressed-tensors, W8A8)."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -78,6 +78,36 @@ def make_quantised_model(folder: Path, seed: int) -> Path:
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def make_int4_model(folder: Path, seed: int) -> Path:
+    """A Llama whose linear layers are of four bits with a scale for 32 inputs and an output each (GPTQ)."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    group = 32
+    make_tiny_model(folder, "llama", seed)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "_proj." in name]:
+        outputs, inputs = tensors.pop(name).shape
+        layer = name.removesuffix(".weight")
+        whole = 1 << 31
+        tensors[f"{layer}.qweight"] = torch.randint(-whole, whole - 1, (inputs // 8, outputs), dtype=torch.int32)
+        tensors[f"{layer}.qzeros"] = torch.full((inputs // group, outputs // 8), 0x77777777, dtype=torch.int32)
+        tensors[f"{layer}.scales"] = (torch.rand(inputs // group, outputs) * 0.01 + 0.001).to(torch.bfloat16)
+        tensors[f"{layer}.g_idx"] = (torch.arange(inputs) // group).to(torch.int32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": group,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder

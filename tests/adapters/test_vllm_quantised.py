@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.adapters.architecture_engine import ArchitectureEngine, fresh
 from tests.architectures import Recorded
-from tests.tiny_models import make_quantised_model, make_tiny_model
+from tests.tiny_models import make_int4_model, make_tiny_model
 
 pytestmark = [
     pytest.mark.vllm,
@@ -25,7 +25,7 @@ def mixtral(folder: Path, seed: int) -> Path:
     return make_tiny_model(folder, "mixtral", seed)
 
 
-@pytest.fixture(params=["int8", "experts"])
+@pytest.fixture(params=["int4", "experts"])
 def kind(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "experts":
@@ -37,9 +37,9 @@ def kind(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_what_is_processed_is_swapped_undone_and_fails_as_a_whole(
     kind: str, tmp_path: Path, recorded: Recorded
 ) -> None:
-    make: Make = make_quantised_model if kind == "int8" else mixtral
+    make: Make = make_int4_model if kind == "int4" else mixtral
     one, two = (make(tmp_path / f"v{seed}", seed) for seed in (1, 2))
-    recorded.begin("engine", f"llama-{kind}" if kind == "int8" else "mixtral", 1)
+    recorded.begin("engine", "int4" if kind == "int4" else "mixtral", 1)
     after = fresh(two, 1)
     engine = ArchitectureEngine(one, 1)
     try:
@@ -74,4 +74,4 @@ def check_routes(kind: str, routes: dict[str, Any]) -> None:
         assert any("w13_weight" in reason for reason in routes["reasons"])
     else:
         assert routes["reload"][0] == 8
-        assert any("processed by CompressedTensorsLinearMethod" in reason for reason in routes["reasons"])
+        assert any("processed by AutoGPTQLinearMethod" in reason for reason in routes["reasons"])

@@ -6,6 +6,7 @@ an update have it proven anew.
 """
 
 import logging
+from pathlib import Path
 
 import torch
 
@@ -27,6 +28,7 @@ class Plans:
         self._why_not = ""
         self._proven_with: list[bytes] = []
         self._differing: dict[str, str] = {}
+        self._tried: Path | None = None
         self.rehearsed = False
         """Whether vLLM's reload was seen to make what is installed, for this layout."""
 
@@ -35,11 +37,13 @@ class Plans:
         plan = self.plan(model, image)
         if plan is None:
             return nothing_direct(model, None, self._why_not)
-        if serving not in self._proven_with:
+        # One that was tried with another image, and failed, may have been tried with the wrong one.
+        tried_otherwise = bool(self._differing) and base is not None and base.folder != self._tried
+        if serving not in self._proven_with or tried_otherwise:
             if base is None:
                 return nothing_direct(model, plan, "the version that is installed is not known here")
             check_specs(base.specs, image.specs)
-            self._differing = plan.differing(model, base.tensors)
+            self._differing, self._tried = plan.differing(model, base.tensors), base.folder
             self._proven_with = [serving]
         return split(model, plan, self._differing)
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+OBJECT_DEPTH = 3
+
 
 class ChangedSincePrepare(Exception):
     """Something replaced tensors of the model between the preparation and the apply."""
@@ -105,15 +107,38 @@ class _HeldModule:
         self._module._non_persistent_buffers_set = self._non_persistent
 
 
-class Snapshot:
-    """Which tensor stands where. Cheap: references only."""
+def objects_of(layers: Iterable[torch.nn.Module]) -> list[Any]:
+    """Plain objects of vLLM's that layers hold, each once: quantisation schemes, their kernels, attention backends."""
+    found: dict[int, Any] = {}
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def walk(value: Any, depth: int) -> None:
+        of_vllm = type(value).__module__.startswith("vllm.") and not type(value).__module__.startswith("vllm.config")
+        if isinstance(value, (torch.nn.Module, torch.Tensor, type)) or not of_vllm or id(value) in found:
+            return
+        if isinstance(state := getattr(value, "__dict__", None), dict):
+            found[id(value)] = value
+            for part in state.values() if depth else ():
+                walk(part, depth - 1)
+
+    for layer in layers:
+        for value in layer.__dict__.values():
+            walk(value, OBJECT_DEPTH)
+    return list(found.values())
+
+
+class Snapshot:
+    """Which tensor stands where, and what vLLM's own objects of some layers hold. Cheap: references only."""
+
+    def __init__(self, module: torch.nn.Module, layers: Iterable[torch.nn.Module] = ()) -> None:
+        self._objects = [(thing, dict(thing.__dict__)) for thing in objects_of(layers)]
         self._modules = [_HeldModule(layer) for layer in module.modules()]
         unique = {id(tensor): tensor for tensor in _tensors(module.modules())}
         self._tensors = [_HeldTensor(t, t.data, dict(t.__dict__)) for t in unique.values()]
 
     def put_back(self) -> None:
+        for thing, state in self._objects:
+            thing.__dict__.clear()
+            thing.__dict__.update(state)
         for module in self._modules:
             module.put_back()
         for tensor in self._tensors:

@@ -254,8 +254,8 @@ class Maker:
         try:
             if found := shadow.differing():
                 raise NotReproduced(
-                    f"loading the version that is said to be installed makes something else of {found} than what serves: "
-                    "another is installed, or vLLM's reload is not to be relied on here"
+                    f"loading the version that is said to be installed makes something else of {found}: another is "
+                    "installed, or vLLM's reload is not to be relied on here"
                 )
         finally:
             shadow.forget()
