@@ -8,6 +8,8 @@ Everything long happens in a daemon thread before the pause: mapping, checking, 
 """
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +45,7 @@ T = TypeVar("T")
 
 PROBE_SLICE_S = 0.005  # a serving engine waits at most about this long for one poll
 DROP_DEADLINE_S = 60.0
+NICE = 10  # a tenth of the weight of what serves
 DROP_WAIT_S = 0.02  # likewise: giving memory back to the system takes tens of ms a GB
 
 
@@ -449,7 +452,10 @@ class Rank:
             return self._found[1]
         if self._fingerprint is None:
             model = self.model
-            self._fingerprint = Job("fingerprint", lambda: digest_tensors(model, threads=1)), Probe(model)
+            self._fingerprint = (
+                Job("fingerprint", lambda: _quietly(lambda: digest_tensors(model, threads=1))),
+                Probe(model),
+            )
         job, probe = self._fingerprint
         if not job.done or not probe.run(PROBE_SLICE_S):
             return None
@@ -478,6 +484,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def _quietly(work: Callable[[], T]) -> T:
+    """On one thread, which gives way: vLLM binds a worker's threads to few cores, and this one is born to the same."""
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
     with _one_thread():
         return work()
 
