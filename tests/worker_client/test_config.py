@@ -20,3 +20,12 @@ def test_a_time_that_is_none_or_never_ends_is_refused_by_name(text: str) -> None
 def test_numbers_and_times_are_read() -> None:
     config = load_config({"HOTWEIGHTS_MAX_IMAGES": " 7 ", "HOTWEIGHTS_AGENT_IDLE_S": "0.25"})
     assert (config.max_images, config.agent_idle_s) == (7, 0.25)
+
+
+def test_a_device_budget_is_bytes_or_left_to_what_is_free() -> None:
+    assert load_config({}).device_budget is None
+    assert load_config({"HOTWEIGHTS_DEVICE_BUDGET": " 0 "}).device_budget == 0
+    config = load_config({"HOTWEIGHTS_DEVICE_BUDGET": "2147483648"})
+    assert load_config(config.as_environ()).device_budget == 2 << 30
+    with pytest.raises(BadSetting, match="HOTWEIGHTS_DEVICE_BUDGET"):
+        load_config({"HOTWEIGHTS_DEVICE_BUDGET": "2G"})

@@ -287,7 +287,7 @@ class Rank:
 
     def _device_budget(self) -> int:
         """Bytes of device memory for what is prepared; unless set, a quarter of what is free now."""
-        wanted = load_config().device_budget_bytes
+        wanted = load_config().device_budget
         device = torch.device(getattr(self._worker, "device", "cpu"))
         if wanted is None and device.type == "cuda":
             return int(torch.cuda.mem_get_info(device)[0]) // 4

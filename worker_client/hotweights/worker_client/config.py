@@ -92,7 +92,7 @@ class Config:
     use_ipc_agent: bool = False
     adopt_cluster: bool = False
     route: str = "auto"
-    device_budget_bytes: int | None = None
+    device_budget: int | None = None
     torn: str = "end"
     failpoints: str = ""
     ca: Path | None = None
@@ -130,7 +130,7 @@ class Config:
             "HOTWEIGHTS_POLICY": self.policy,
             "HOTWEIGHTS_NAME_MAP": pairs,
             "HOTWEIGHTS_ROUTE": self.route,
-            "HOTWEIGHTS_DEVICE_BUDGET": "" if self.device_budget_bytes is None else str(self.device_budget_bytes),
+            "HOTWEIGHTS_DEVICE_BUDGET": "" if self.device_budget is None else str(self.device_budget),
             "HOTWEIGHTS_TORN": self.torn,
             "HOTWEIGHTS_CA": str(self.ca or ""),
             "HOTWEIGHTS_CERT": str(self.cert or ""),
@@ -270,7 +270,7 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         use_ipc_agent=env.get("HOTWEIGHTS_USE_IPC_AGENT", "").lower() in _TRUE,
         adopt_cluster=env.get("HOTWEIGHTS_ADOPT_CLUSTER", "").lower() in _TRUE,
         route=_route(env.get("HOTWEIGHTS_ROUTE") or "auto"),
-        device_budget_bytes=_device_budget(env),
+        device_budget=_device_budget(env),
         torn=_torn(env.get("HOTWEIGHTS_TORN") or "end"),
         failpoints=_failpoints(env.get("HOTWEIGHTS_FAILPOINTS", "")),
         ca=_file(env, "HOTWEIGHTS_CA"),
