@@ -1,6 +1,9 @@
-"""Makes the table of what works on which vLLM, in docs/VLLM_INTEGRATION.md, of what the runs recorded.
+"""Makes the tables of what works, in docs/VLLM_INTEGRATION.md, of what the runs recorded.
 
-    docs/vllm_versions/VERSION.json (make test-vllm VLLM=VERSION) --> the lines between the marks in the document
+    docs/vllm_versions/VERSION.json (make test-vllm VLLM=VERSION)      --> by capability and version
+    docs/architectures.json (pytest --record-architectures, matrix)    --> by architecture and ranks
+
+Each goes between its marks in the document.
 
 With --check writes nothing and fails when the document is out of step.
 """
@@ -13,7 +16,10 @@ from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN = "<!-- made by scripts/vllm_table.py from docs/vllm_versions -->"
+ARCHITECTURES = "<!-- made by scripts/vllm_table.py from docs/architectures.json -->"
 END = "<!-- end of what is made -->"
+# As tests/architectures.py names what a row is of: on how many ranks, and an engine or vLLM's class alone.
+COLUMNS = {"1/class": "class", "2/class": "class, 2 ranks", "1/engine": "engine", "2/engine": "engine, 2 ranks"}
 Records = dict[str, dict[str, Any]]
 
 
@@ -25,7 +31,10 @@ def main() -> int:
     args = parser.parse_args()
     document = args.docs / "VLLM_INTEGRATION.md"
     text = document.read_text()
-    made = replaced(text, table(read(args.docs / "vllm_versions")))
+    made = replaced(text, BEGIN, table(read(args.docs / "vllm_versions")))
+    recorded = args.docs / "architectures.json"
+    if ARCHITECTURES in made and recorded.exists():
+        made = replaced(made, ARCHITECTURES, architectures(json.loads(recorded.read_text())))
     if args.check and made != text:
         print(f"vllm_table: {document.name} is not what the records say; run scripts/vllm_table.py", file=sys.stderr)
         return 1
@@ -40,12 +49,12 @@ def read(folder: Path) -> Records:
     return {file.stem: json.loads(file.read_text())["tests"] for file in files}
 
 
-def replaced(text: str, made: str) -> str:
+def replaced(text: str, mark: str, made: str) -> str:
     """The document with another table between the marks. Raises ValueError where it has none."""
-    before, begin, rest = text.partition(BEGIN)
+    before, begin, rest = text.partition(mark)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"the document has no lines {BEGIN} and {END}")
+        raise ValueError(f"the document has no lines {mark} and {END}")
     return f"{before}{begin}\n{made}{end}{after}"
 
 
@@ -65,6 +74,25 @@ def table(records: Records) -> str:
     if notes:
         lines += ["", *(f"- [{number}] {note}" for number, note in enumerate(notes, 1))]
     return "\n".join(lines) + "\n"
+
+
+def architectures(rows: dict[str, Any]) -> str:
+    """A row an architecture: by how many modules of which route it was swapped, over all ranks."""
+    names = dict.fromkeys(key.partition("/")[0] for key in rows)
+    lines = [f"| | {' | '.join(COLUMNS.values())} |", "|---|" + "---|" * len(COLUMNS)]
+    for name in names:
+        cells = [_routes(rows.get(f"{name}/{column}")) for column in COLUMNS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _routes(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "not run"
+    if "failed" in row:
+        return "no"
+    counts = {route: count for route, (count, _) in row["routes"].items() if count}
+    return "yes: " + ", ".join(f"{count} {route}" for route, count in counts.items())
 
 
 def _cell(tests: dict[str, Any], capability: str, notes: list[str]) -> str:

@@ -99,6 +99,36 @@ def test_a_failure_of_one_rank_after_every_kth_write_undoes_both(
     fault_row.ended(f"undone in both at each of {k} places, then applied", recover_s=slowest_s)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("place", ["apply.start", "apply.tensor=0", "apply.end"])
+def test_a_failure_of_either_rank_before_while_and_after_it_writes_undoes_both(
+    engine: LiveEngine, folders: dict[str, Path], v1: Oracle, place: str, rank: int
+) -> None:
+    before = prepare_all(engine, folders["v2"])
+    engine.inject(f"{place}:raise", rank=rank)
+    result = window(engine, str(folders["v2"]), before)
+    engine.inject("")
+    assert result.outcome is Outcome.UNDONE, result
+    assert f"rank {rank}: Injected" in result.reason
+    assert engine.oracle() == v1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_failure_of_either_rank_while_it_prepares_touches_nothing(
+    engine: LiveEngine, folders: dict[str, Path], v1: Oracle, rank: int
+) -> None:
+    assert all(answer["ok"] for answer in engine.rpc_all("release"))
+    engine.inject("prepare.start:raise", rank=rank)
+    engine.rpc_all("prepare", str(folders["v2"]), {}, {"base": str(folders["v1"])})
+    answers = engine.rpc_all("prepared")
+    while any(answer["ok"] and not answer["done"] for answer in answers):
+        answers = engine.rpc_all("prepared")
+    engine.inject("")
+    assert [answer["ok"] for answer in answers] == [at != rank for at in (0, 1)]
+    assert all(answer["ok"] for answer in engine.rpc_all("release"))
+    assert engine.oracle() == v1
+
+
 def test_a_rank_that_is_killed_in_the_pause_tears_the_replica_and_ends_its_processes(
     engine: LiveEngine, folders: dict[str, Path], v1: Oracle
 ) -> None:

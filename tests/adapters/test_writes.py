@@ -185,7 +185,7 @@ def test_a_write_that_was_done_is_one_the_other_way_round() -> None:
 
 
 def test_what_is_beyond_the_budget_stays_on_the_host_and_is_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hotweights.adapters.device_writes.CHUNK_BYTES", 100)
+    monkeypatch.setattr("hotweights.adapters.device_writes.PLACES_AT_ONCE", 100)
     live = drawn()
     before, new = live.clone(), live.clone()
     few(new)

@@ -7,14 +7,16 @@ In the pause there are one or a few launches a storage and no copy back but of s
 so that addresses stay as CUDA graphs recorded them.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from blake3 import blake3
 
 from hotweights.adapters.undo import storage_bytes
 from hotweights.adapters.writes import Difference, Write, proof_of
 
-CHUNK_BYTES = 64 << 20  # of what is uploaded in the pause at a time: the next is on its way while one is written
+PLACES_AT_ONCE = 1 << 22  # of what is uploaded or read back in the pause: 32 MiB of places
 
 
 @dataclass
@@ -46,7 +48,7 @@ class DeviceElements:
         self._new = budget.placed(new, live.device)
         self._old = budget.placed(old, live.device)
         self.new_bytes = new.nbytes
-        self.new_proof, self.old_proof = (proof_of(_as_bytes(values)) for values in (new, old))
+        self.new_proof, self.old_proof = (_proof(_pieces(values)) for values in (new, old))
 
     @torch.no_grad()
     def write(self) -> None:
@@ -61,14 +63,12 @@ class DeviceElements:
         if self._places.device == device == values.device:
             self._live.index_copy_(0, self._places, values)
             return
-        step = max(1, CHUNK_BYTES // (values[:1].nbytes + self._places.element_size()))
-        for at in range(0, len(values), step):
-            places, part = (whole[at : at + step].to(device, non_blocking=True) for whole in (self._places, values))
-            self._live.index_copy_(0, places, part)
+        for places, part in zip(_pieces(self._places), _pieces(values), strict=True):
+            self._live.index_copy_(0, places.to(device, non_blocking=True), part.to(device, non_blocking=True))
 
     def proof(self) -> bytes:
-        there = self._live.index_select(0, self._places.to(self._live.device))
-        return proof_of(_as_bytes(there))
+        device = self._live.device
+        return _proof(self._live.index_select(0, places.to(device)) for places in _pieces(self._places))
 
 
 class DeviceWhole:
@@ -107,5 +107,13 @@ def device_write(live: torch.UntypedStorage, found: Difference, budget: Budget) 
     return DeviceElements(data.view(now.dtype).view(-1, found.run), places, new, old, budget)
 
 
-def _as_bytes(values: torch.Tensor) -> torch.Tensor:
-    return values.contiguous().view(-1).view(torch.uint8)
+def _pieces(values: torch.Tensor) -> Iterator[torch.Tensor]:
+    """By so many places at a time: what is needed beside the budget is bounded."""
+    return iter(torch.split(values, PLACES_AT_ONCE))
+
+
+def _proof(pieces: Iterable[torch.Tensor]) -> bytes:
+    hasher = blake3()
+    for values in pieces:
+        hasher.update(proof_of(values.contiguous().view(-1).view(torch.uint8)))
+    return hasher.digest()

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotweights.adapters.twins import REGISTRIES, NoShadow, Twins
 
+PIECE_BYTES = 64 << 20
 _FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
 
 
@@ -97,7 +98,7 @@ class LoadPlan:
             if copy.parameter in problems:
                 continue
             target = copy.put.of(live[copy.parameter].data)
-            if not _same_bits(copy.take.of(image[copy.tensor]).to(target.dtype).to(target.device), target):
+            if not _holds(target, copy.take.of(image[copy.tensor])):
                 problems[copy.parameter] = f"holds something else than {copy.tensor} gives"
         for fill in self.fills:
             if fill.parameter in problems:
@@ -307,6 +308,13 @@ def _is_dense(tensor: torch.Tensor) -> bool:
                 return False
             step *= size
     return True
+
+
+def _holds(target: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether it has the source's values, cast; a device is given them in pieces, beside what it serves."""
+    rows = max(1, PIECE_BYTES * len(target) // max(1, target.nbytes)) if target.ndim else 1
+    pieces = zip(torch.split(target, rows), torch.split(source, rows), strict=True) if target.ndim else [(target, source)]
+    return all(_same_bits(values.to(there.dtype).to(there.device), there) for there, values in pieces)
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

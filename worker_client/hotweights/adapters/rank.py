@@ -290,7 +290,9 @@ class Rank:
         wanted = load_config().device_budget
         device = torch.device(getattr(self._worker, "device", "cpu"))
         if wanted is None and device.type == "cuda":
-            return int(torch.cuda.mem_get_info(device)[0]) // 4
+            # What torch keeps for itself, and does not use, is free too.
+            kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            return (int(torch.cuda.mem_get_info(device)[0]) + kept) // 4
         return wanted or 0
 
     def _digests(self) -> dict[str, bytes]:
