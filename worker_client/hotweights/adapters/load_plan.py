@@ -313,7 +313,9 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 def _holds(target: torch.Tensor, source: torch.Tensor) -> bool:
     """Whether it has the source's values, cast; a device is given them in pieces, beside what it serves."""
     rows = max(1, PIECE_BYTES * len(target) // max(1, target.nbytes)) if target.ndim else 1
-    pieces = zip(torch.split(target, rows), torch.split(source, rows), strict=True) if target.ndim else [(target, source)]
+    pieces = (
+        zip(torch.split(target, rows), torch.split(source, rows), strict=True) if target.ndim else [(target, source)]
+    )
     return all(_same_bits(values.to(there.dtype).to(there.device), there) for there, values in pieces)
 
 

@@ -1,0 +1,206 @@
+"""The state of a rank, over a plain module in vLLM's place: what is kept, for whom, and until when."""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hotweights.adapters.fingerprint import fingerprint
+from hotweights.adapters.rank import Rank, RankRefused
+from hotweights.adapters.undo import ChangedSincePrepare
+from hotweights.adapters.update import NotProven
+from hotweights.adapters.vllm_worker import METHODS
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+DEADLINE_S = 10.0
+
+
+class Model(torch.nn.Module):
+    """Two matrices, loaded by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+        for name, tensor in weights:
+            parameter = self.get_parameter(name)
+            getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
+        return {name for name, _ in self.named_parameters()}
+
+
+def an_image(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    folder.mkdir()
+    save_file({name: torch.randn(64, 64) for name in ("one.weight", "two.weight")}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    return [an_image(tmp_path / f"v{seed}", seed) for seed in (1, 2, 3)]
+
+
+@pytest.fixture
+def worker(images: list[Path]) -> Any:
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+    from hotweights.adapters.mapped import MappedImage
+
+    model = Model()
+    record_metadata_for_reloading(model)
+    with torch.no_grad():
+        model.load_weights(MappedImage(images[0], {}))
+    config = SimpleNamespace(
+        load_config=SimpleNamespace(load_format="auto"),
+        parallel_config=SimpleNamespace(local_world_size=1, world_size=1),
+        lora_config=None,
+    )
+    runner = SimpleNamespace(get_model=lambda: model, kv_caches=[])
+    return SimpleNamespace(
+        model_runner=runner,
+        vllm_config=config,
+        model_config=SimpleNamespace(model=str(images[0]), dtype=torch.float32),
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def rank(worker: Any) -> Rank:
+    return Rank(worker)
+
+
+def weight(rank: Rank) -> torch.Tensor:
+    return rank.model.get_parameter("one.weight").data
+
+
+def until(done: Callable[[], Any]) -> Any:
+    ends = time.monotonic() + DEADLINE_S
+    while not (found := done()):
+        assert time.monotonic() < ends
+        time.sleep(0.005)
+    return found
+
+
+def prepared(rank: Rank, image: Path, base: Path | None, **more: bool) -> Any:
+    rank.prepare(image, {}, base=base, **more)
+    return until(rank.prepared)
+
+
+def test_it_goes_there_and_back(rank: Rank, images: list[Path]) -> None:
+    held = prepared(rank, images[1], images[0])
+    assert held.made.routes.direct == (2, 2 * 64 * 64 * 4)
+    before = fingerprint(rank.model)
+    assert held.before == before
+    rank.apply(images[1])
+    rank.prove_written()
+    assert fingerprint(rank.model) == held.expected != before
+    rank.undo()
+    rank.prove_undone()
+    assert fingerprint(rank.model) == before
+
+
+def test_what_was_found_is_told_to_who_asked_until_something_is_written(rank: Rank, images: list[Path]) -> None:
+    """Ranks end at different times: one that is done must not begin anew while it waits for the others."""
+    found = until(lambda: rank.fingerprint_step("a"))
+    weight(rank)[0, 0] += 1
+    assert rank.fingerprint_step("a") == found
+    assert until(lambda: rank.fingerprint_step("b")) != found
+    weight(rank)[0, 0] -= 1
+    prepared(rank, images[1], images[0])
+    asked = until(lambda: rank.fingerprint_step("c"))
+    rank.apply(images[1])
+    assert until(lambda: rank.fingerprint_step("c")) != asked
+
+
+def test_a_way_back_that_is_kept_is_kept_when_asked_again(rank: Rank, images: list[Path]) -> None:
+    """One slow rank has the controller ask all of them again."""
+    prepared(rank, images[1], images[0])
+    rank.apply(images[1])
+    for _ in range(2):
+        assert rank.retain(images[0])
+        assert until(rank.settle)
+    (images[0] / "model.safetensors").unlink()
+    held = prepared(rank, images[0], None)
+    assert held.expected
+    rank.apply(images[0])
+    assert fingerprint(rank.model) == held.expected
+
+
+def test_nothing_is_kept_of_what_was_not_applied(rank: Rank, images: list[Path]) -> None:
+    assert not rank.retain(images[0])
+    prepared(rank, images[1], images[0])
+    assert not rank.retain(images[0])
+
+
+def test_another_update_drops_what_was_kept_and_unmaps_it(rank: Rank, images: list[Path]) -> None:
+    prepared(rank, images[1], images[0])
+    rank.apply(images[1])
+    assert rank.retain(images[0])
+    prepared(rank, images[2], images[1])
+    rank.apply(images[2])
+    assert until(rank.release)
+    maps = Path("/proc/self/maps").read_text()
+    assert not [image for image in images if str(image) in maps]
+
+
+def test_prepared_anew_it_looks_at_what_is_there_now(rank: Rank, images: list[Path]) -> None:
+    held = prepared(rank, images[1], images[0])
+    weight(rank).zero_()
+    assert prepared(rank, images[1], images[0]) is held
+    held = prepared(rank, images[1], None, anew=True)
+    assert held.made.routes.direct == (0, 0)
+    assert held.before == fingerprint(rank.model)
+
+
+def test_a_write_that_reads_back_as_something_else_is_no_success(rank: Rank, images: list[Path]) -> None:
+    held = prepared(rank, images[1], images[0])
+    held.made.update.writes[0]._pairs[0][1].view(-1)[5] += 1
+    with pytest.raises(NotProven):
+        rank.apply(images[1])
+    rank.undo()
+    assert fingerprint(rank.model) == held.before
+
+
+def test_a_tensor_that_somebody_replaced_meanwhile_is_not_written(rank: Rank, images: list[Path]) -> None:
+    prepared(rank, images[1], images[0])
+    rank.model.get_submodule("one").weight = torch.nn.Parameter(weight(rank).clone())
+    with pytest.raises(ChangedSincePrepare):
+        rank.apply(images[1])
+
+
+def test_an_image_is_applied_once_and_only_the_one_that_was_prepared(rank: Rank, images: list[Path]) -> None:
+    with pytest.raises(RankRefused, match="not prepared"):
+        rank.apply(images[1])
+    prepared(rank, images[1], images[0])
+    with pytest.raises(RankRefused, match="not prepared"):
+        rank.apply(images[2])
+    rank.apply(images[1])
+    with pytest.raises(RankRefused, match="applied already"):
+        rank.apply(images[1])
+
+
+def test_methods_answer_whatever_happens(worker: Any, images: list[Path]) -> None:
+    assert METHODS["hotweights_undo"](worker, "c", {})["ok"] is False
+    assert METHODS["hotweights_prepare"](worker, "c", str(images[1]), {}, {"base": str(images[0])})["ok"]
+    answer = until(lambda: (found := METHODS["hotweights_prepared"](worker, "c"))["done"] and found)
+    assert answer["routes"]["direct"][0] == 2
+    applied = METHODS["hotweights_apply"](worker, "c", str(images[1]))
+    assert (applied["ok"], applied["bytes"]) == (True, 2 * 64 * 64 * 4)
+    kept = until(
+        lambda: (found := METHODS["hotweights_release"](worker, "c", {"retain": str(images[0])}))["ok"] and found
+    )
+    assert kept["retained"] is True
