@@ -11,7 +11,9 @@ AMX vLLM would pack them, and then their route is not this one (`python -m bench
     reload_speedup_full   `reload_weights` from a folder in the page cache, over our apply: write and reading back
     reload_speedup_1      likewise for the version of 1 %
     client_gap            the longest gap between a client's streamed tokens, over the pause as it was reported and a
-                          decode step; the median of updates under traffic
+                          decode step; the median of updates under traffic that goes on over the blocks it has
+                          (`inflight=keep`). With `recompute`, medians `gap_recompute_...`, the first step after the
+                          pause computes the request anew
     serving_share         tokens a second while a version is staged and prepared, over tokens a second undisturbed; of
                           an engine that leaves one core to others, as it has to on a machine with few of them
 
@@ -152,21 +154,23 @@ class Traffic:
         return sum(begun <= at < ended for times in self.arrivals for at in times) / (ended - begun)
 
 
-def client_gaps(server: Server, windows: Windows, folder: Path, base: Path, count: int) -> Seconds:
+def client_gaps(
+    server: Server, windows: Windows, folder: Path, base: Path, count: int, mode: str, name: str
+) -> Seconds:
     """Of windows under one client's traffic: its longest gap, a decode step, and the pause that was reported."""
-    found: Seconds = {"gap": [], "gap_step": [], "gap_pause": []}
+    found: Seconds = {name: [], f"{name}_step": [], f"{name}_pause": []}
     for _ in range(count):
         with Traffic(server, 1).flowing() as traffic:
             asyncio.run(windows.prepare(folder, base))
             begun = time.perf_counter()
-            result = asyncio.run(windows.open(str(folder)))
+            result = asyncio.run(windows.open(str(folder), mode))
             time.sleep(0.3)
         times = [at for at in traffic.arrivals[0] if at >= begun - 0.5]
         gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-        found["gap"].append(max(gaps))
-        found["gap_step"].append(statistics.median(gaps))
+        found[name].append(max(gaps))
+        found[f"{name}_step"].append(statistics.median(gaps))
         reported = result.times.quiesce_ms + result.times.apply_ms + result.times.resume_ms
-        found["gap_pause"].append(reported / 1000)
+        found[f"{name}_pause"].append(reported / 1000)
         asyncio.run(windows.open(""))
         asyncio.run(windows.release())
     return found
@@ -227,8 +231,8 @@ def main() -> int:
     os.environ["BENCHMARK_PLAIN_LINEAR"] = "1"
     memory = Path("/dev/shm")
     staging = Path(tempfile.mkdtemp(prefix="hotweights-bench-", dir=memory if memory.is_dir() else None))
-    with tempfile.TemporaryDirectory(prefix="hotweights-bench-") as name:
-        work = Path(name)
+    with tempfile.TemporaryDirectory(prefix="hotweights-bench-") as temporary:
+        work = Path(temporary)
         try:
             disk = [make_checkpoint(work / f"v{seed}", seed, size) for seed in (1, 2)]
             one_percent_changed(disk[0], staging / "one_percent")
@@ -239,7 +243,8 @@ def main() -> int:
             server = Server(disk[0])
             windows = Windows(server)
             taken = measure(server, windows, disk, staged, runs)
-            taken |= client_gaps(server, windows, staged["full"], staged["base"], gaps)
+            for mode, name in (("keep", "gap"), ("recompute", "gap_recompute")):
+                taken |= client_gaps(server, windows, staged["full"], staged["base"], gaps, mode, name)
             server.close()
             progress("starting an engine that leaves a core")
             server = Server(disk[0], leave_a_core=True)

@@ -92,13 +92,13 @@ class Windows:
         self._expected = (answer["expected"],) if answer["expected"] else ()
         return time.perf_counter() - begun, answer
 
-    async def open(self, folder: str) -> Any:
+    async def open(self, folder: str, mode: Any = "recompute") -> Any:
         """The result of one; "" goes back."""
         from hotweights.worker_client.window.identify import prove
         from hotweights.worker_client.window.window import Outcome, WindowOrder, run_window
 
         expected = self._expected if folder else self._before
-        order = WindowOrder(folder, "v", "recompute", time.monotonic() + 60, 60.0, 60.0, expected=expected)
+        order = WindowOrder(folder, "v", mode, time.monotonic() + 60, 60.0, 60.0, expected=expected)
         result = await run_window(self._engine, order, self._before, lambda: prove(self._engine, self._sleep, 60.0))
         if result.outcome is not Outcome.APPLIED or result.note:
             raise RuntimeError(f"{result.outcome}: {result.reason} {result.note}")
