@@ -1,21 +1,17 @@
 """One rank of an update: prepare beside the serving engine, then apply, undo and release between its steps.
 
     idle --prepare--> PREPARED --apply--> APPLIED --release--> idle
-                         |                   |
-                         +------ undo <------+        (undo is allowed as long as the copies are kept)
+                         |                 |   |
+                         +------ undo <----+   +--retain--> idle, the way back kept: prepared when it is asked for
 
-Everything long happens in a daemon thread before the pause: mapping, checking, cloning, hashing.
+Everything long happens in a daemon thread before the pause: mapping, checking, comparing, hashing.
 """
 
 import logging
-import os
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -32,8 +28,10 @@ from hotweights.adapters.fingerprint import (
     packed_layers,
 )
 from hotweights.adapters.finite import check_finite as check_all_finite
+from hotweights.adapters.jobs import Job, quietly
 from hotweights.adapters.mapped import MappedImage, TensorSpec, check_specs, read_specs
 from hotweights.adapters.plans import Plans
+from hotweights.adapters.prepared import PROBE_SLICE_S, Prepared
 from hotweights.adapters.twins import NoShadow
 from hotweights.adapters.undo import storages_bytes
 from hotweights.adapters.update import Made, Maker, packed_bytes
@@ -41,12 +39,9 @@ from hotweights.worker_client.config import load_config
 from hotweights.worker_client.window.failpoints import Failpoints, parse_failpoints
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
-PROBE_SLICE_S = 0.005  # a serving engine waits at most about this long for one poll
 DROP_DEADLINE_S = 60.0
-NICE = 10  # a tenth of the weight of what serves
-DROP_WAIT_S = 0.02  # likewise: giving memory back to the system takes tens of ms a GB
+DROP_WAIT_S = 0.02  # a serving engine waits no longer: giving memory back to the system takes tens of ms a GB
 
 
 class RankRefused(Exception):
@@ -55,107 +50,6 @@ class RankRefused(Exception):
 
 class NotDirect(Exception):
     """HOTWEIGHTS_ROUTE asks for what this model cannot be written by; the text names a module and why."""
-
-
-class Job:
-    """Work in a daemon thread: what it gave, or why not."""
-
-    def __init__(self, name: str, work: Any) -> None:
-        self._result: Any = None
-        self._error: Exception | None = None
-        self._work = work
-        self._thread = threading.Thread(target=self._run, name=f"hotweights-{name}", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._result = self._work()
-        except Exception as error:  # noqa: BLE001 - carried to the thread that asks, which raises it
-            self._error = error
-
-    @property
-    def done(self) -> bool:
-        return not self._thread.is_alive()
-
-    def wait(self, seconds: float) -> bool:
-        """Whether it is done by then."""
-        self._thread.join(seconds)
-        return self.done
-
-    def result(self) -> Any:
-        """After `done`. Raises what the work raised."""
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-
-class Prepared:
-    """An update that was made ready, and the image it is from."""
-
-    def __init__(
-        self,
-        folder: Path,
-        image: MappedImage,
-        made: Made,
-        specs: Mapping[str, TensorSpec],
-        base: MappedImage | None = None,
-    ) -> None:
-        """`image` is what the writes read from, `specs` are of what is served after it, `base` is what is served."""
-        self.folder = folder
-        self.base = base
-        self.image = image
-        self.specs = specs
-        self._made: Made | None = made
-        self.applied = False
-        self.specs_before: Mapping[str, TensorSpec] | None = None
-        self._look: Job | None = None
-
-    @property
-    def made(self) -> Made:
-        """Until `drop`."""
-        assert self._made is not None
-        return self._made
-
-    def drop(self) -> None:
-        """Frees its memory, in whatever thread this is."""
-        made, self._made = self.made, None
-        made.drop()
-        del made
-        if self.base is not None:
-            self.base.close()
-
-    def way_back(self, folder: Path) -> "Prepared | None":
-        """Of one that was applied, as one to apply, of the image in `folder`; None where there is none."""
-        back = self.made.reversed() if self.applied else None
-        if back is None or self.specs_before is None:
-            return None
-        return Prepared(folder, self.image, back, self.specs_before)
-
-    @property
-    def before(self) -> bytes:
-        """The fingerprint of before. After `ready`."""
-        return self.made.before.fingerprint
-
-    @property
-    def expected(self) -> bytes:
-        """The fingerprint of after; empty where only the window can tell. After `ready`."""
-        return self.made.after.fingerprint if self.made.after is not None else b""
-
-    def look_at_caches(self, runner: Any) -> None:
-        """Begins to, last of all: what is computed after that nobody looks at."""
-        self._look = Job("caches", lambda: _quietly(lambda: kv_cache.may_be_spoilt(runner)))
-
-    @property
-    def caches_spoilt(self) -> bool:
-        """Whether the apply clears the KV cache. After `ready`."""
-        return self._look is not None and bool(self._look.result())
-
-    def ready(self) -> bool:
-        """Goes on with the probes for one slice; True once the fingerprints are known and the caches looked at."""
-        if self._look is not None and not self._look.done:
-            return False
-        after = self.made.after
-        return self.made.before.run(PROBE_SLICE_S) and (after is None or after.run(PROBE_SLICE_S))
 
 
 class Rank:
@@ -212,7 +106,7 @@ class Rank:
         dropping, self._dropping = self._dropping, []
         self._folder, self._checking = folder, check_finite
         self._job = Job(
-            "prepare", lambda: _quietly(lambda: self._prepare(folder, names, check_finite, base, retained, dropping))
+            "prepare", lambda: quietly(lambda: self._prepare(folder, names, check_finite, base, retained, dropping))
         )
 
     def _prepare(
@@ -455,7 +349,7 @@ class Rank:
         if self._fingerprint is None:
             model = self.model
             self._fingerprint = (
-                Job("fingerprint", lambda: _quietly(lambda: digest_tensors(model, threads=1))),
+                Job("fingerprint", lambda: quietly(lambda: digest_tensors(model, threads=1))),
                 Probe(model),
             )
         job, probe = self._fingerprint
@@ -469,28 +363,6 @@ class Rank:
         """FACTS: the device is idle before the first write and after the last."""
         if torch.device(getattr(self._worker, "device", "cpu")).type != "cpu":
             torch.accelerator.synchronize()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch and oneDNN on one thread here, which leaves the cores to the serving engine.
-
-    The number belongs to the calling thread; only one that never ran anything in parallel yet takes over the last set.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _quietly(work: Callable[[], T]) -> T:
-    """On one thread, which gives way: vLLM binds a worker's threads to few cores, and this one is born to the same."""
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-    with _one_thread():
-        return work()
 
 
 def _failpoints() -> Failpoints:

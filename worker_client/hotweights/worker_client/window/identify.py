@@ -116,11 +116,8 @@ async def fingerprint(
         while time.monotonic() < ends and not is_torn():
             async with sleep.kept_away() as level:
                 while not level and time.monotonic() < ends and not is_torn() and not in_window():
-                    answers = await call_ranks(engine, "hotweights_fingerprint", CALL_DEADLINE_S, asked)
-                    if failed := refusals(answers):
-                        raise EngineFailed(failed)
-                    if all(answer["done"] for answer in answers):
-                        return fingerprints(answers)
+                    if proof := await _asked(engine, asked):
+                        return proof
                     await asyncio.sleep(POLL_S)
             await asyncio.sleep(AGAIN_S)
     except (EngineFailed, Unanswered, Unproven) as error:
@@ -140,15 +137,20 @@ async def prove(engine: Engine, sleep: Sleep, deadline_s: float) -> tuple[bytes,
                 raise NoProof("its owner put the engine to sleep")
             asked = uuid.uuid4().hex
             while time.monotonic() < ends:
-                answers = await call_ranks(engine, "hotweights_fingerprint", CALL_DEADLINE_S, asked)
-                if failed := refusals(answers):
-                    raise EngineFailed(failed)
-                if all(answer["done"] for answer in answers):
-                    return fingerprints(answers)
+                if proof := await _asked(engine, asked):
+                    return proof
                 await asyncio.sleep(POLL_S)
     except Unanswered as error:
         raise NoProof(str(error)) from error
     raise NoProof(f"that took longer than {deadline_s:.0f} s")
+
+
+async def _asked(engine: Engine, asked: str) -> tuple[bytes, ...]:
+    """The fingerprints, once every rank has its own; empty until then. Raises EngineFailed, Unanswered, Unproven."""
+    answers = await call_ranks(engine, "hotweights_fingerprint", CALL_DEADLINE_S, asked)
+    if failed := refusals(answers):
+        raise EngineFailed(failed)
+    return fingerprints(answers) if all(answer["done"] for answer in answers) else ()
 
 
 def _say_once(said: str, text: str) -> str:
