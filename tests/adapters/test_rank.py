@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from hotweights.adapters.fingerprint import fingerprint
-from hotweights.adapters.rank import Rank, RankRefused
+from hotweights.adapters.rank import NotDirect, Rank, RankRefused
+from hotweights.adapters.routes import NotReproduced
+from hotweights.adapters.torch_module import same_as_folder
 from hotweights.adapters.undo import ChangedSincePrepare
 from hotweights.adapters.update import NotProven
 from hotweights.adapters.vllm_worker import METHODS
@@ -164,6 +166,58 @@ def test_prepared_anew_it_looks_at_what_is_there_now(rank: Rank, images: list[Pa
     held = prepared(rank, images[1], None, anew=True)
     assert held.made.routes.direct == (0, 0)
     assert held.before == fingerprint(rank.model)
+
+
+class Odd:
+    """A quantisation that nobody here knows: its layers go by vLLM's reload, in the pause."""
+
+
+def test_what_is_reloaded_in_the_pause_is_rehearsed_there_once(rank: Rank, images: list[Path]) -> None:
+    rank.model.get_submodule("two").__dict__["quant_method"] = Odd()
+    before = fingerprint(rank.model)
+    held = prepared(rank, images[1], images[0])
+    assert (held.made.routes.direct[0], held.made.routes.reload[0]) == (1, 1)
+    assert held.expected == b"", "only the reload can tell"
+    rank.apply(images[1])
+    rank.prove_written()
+    assert same_as_folder(rank.model, images[1], {})
+    rank.undo()
+    rank.prove_undone()
+    assert fingerprint(rank.model) == before
+    assert rank._plans.rehearsed
+
+
+def test_a_reload_that_does_not_make_what_is_installed_is_undone(rank: Rank, images: list[Path]) -> None:
+    rank.model.get_submodule("two").__dict__["quant_method"] = Odd()
+    rank.model.get_parameter("two.weight").data[3, 3] += 1
+    before = fingerprint(rank.model)
+    prepared(rank, images[1], images[0])
+    with pytest.raises(NotReproduced, match=r"changes 1 tensors, first two.weight"):
+        rank.apply(images[1])
+    rank.undo()
+    rank.prove_undone()
+    assert fingerprint(rank.model) == before
+    assert not rank._plans.rehearsed
+
+
+def test_whoever_asks_for_the_reload_relies_on_it(
+    rank: Rank, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOTWEIGHTS_ROUTE", "reload")
+    weight(rank).zero_()
+    held = prepared(rank, images[1], images[0])
+    assert held.made.routes.reload[0] == 2
+    rank.apply(images[1])
+    assert same_as_folder(rank.model, images[1], {})
+
+
+def test_a_model_that_is_not_all_direct_is_refused_where_that_is_asked_for(
+    rank: Rank, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOTWEIGHTS_ROUTE", "direct")
+    rank.model.get_submodule("two").__dict__["quant_method"] = Odd()
+    with pytest.raises(NotDirect, match=r"1 modules .* first two: its weights are processed by Odd"):
+        prepared(rank, images[1], images[0])
 
 
 def test_a_write_that_reads_back_as_something_else_is_no_success(rank: Rank, images: list[Path]) -> None:

@@ -175,7 +175,8 @@ class Rank:
                     raise
                 log.warning("the route of some modules is reload, with a longer pause: %s", error)
             else:
-                self._plans.rehearsed |= made.reloads and base is not None
+                # What is left to the pause is rehearsed there.
+                self._plans.rehearsed |= made.routes.assembled[0] > 0 and not made.routes.reload[0] and base is not None
                 return made
         return maker.make(before, None)
 
