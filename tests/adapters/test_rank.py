@@ -142,6 +142,32 @@ def test_a_way_back_that_is_kept_is_kept_when_asked_again(rank: Rank, images: li
     assert fingerprint(rank.model) == held.expected
 
 
+def test_a_way_back_that_was_gone_keeps_none_of_its_own_and_unmaps(rank: Rank, images: list[Path]) -> None:
+    """What it would read from is not served any longer: the agent must be able to take it back."""
+    prepared(rank, images[1], images[0])
+    rank.apply(images[1])
+    assert rank.retain(images[0])
+    prepared(rank, images[0], None)
+    rank.apply(images[0])
+    assert not rank.retain(images[1])
+    assert until(rank.release)
+    assert not [image for image in images if str(image) in Path("/proc/self/maps").read_text()]
+
+
+def test_a_way_back_whose_image_was_staged_again_is_prepared_anew(rank: Rank, images: list[Path]) -> None:
+    prepared(rank, images[1], images[0])
+    rank.apply(images[1])
+    assert rank.retain(images[0])
+    file = images[1] / "model.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+    held = prepared(rank, images[0], images[1])
+    assert not held.is_way_back
+    rank.apply(images[0])
+    assert same_as_folder(rank.model, images[0], {})
+
+
 def test_nothing_is_kept_of_what_was_not_applied(rank: Rank, images: list[Path]) -> None:
     assert not rank.retain(images[0])
     prepared(rank, images[1], images[0])

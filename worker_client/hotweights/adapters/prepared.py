@@ -30,6 +30,7 @@ class Prepared:
         self.specs = specs
         self._made: Made | None = made
         self.applied = False
+        self.is_way_back = False
         self.specs_before: Mapping[str, TensorSpec] | None = None
         self._look: Job | None = None
 
@@ -48,11 +49,17 @@ class Prepared:
             self.base.close()
 
     def way_back(self, folder: Path) -> "Prepared | None":
-        """Of one that was applied, as one to apply, of the image in `folder`; None where there is none."""
-        back = self.made.reversed() if self.applied else None
+        """Of one that was applied, as one to apply, of the image in `folder`; None where there is none.
+
+        It reads from the image that is served now, which stays staged. The way back of a way back would read from one
+        that is not served any longer: there is none.
+        """
+        back = self.made.reversed() if self.applied and not self.is_way_back else None
         if back is None or self.specs_before is None:
             return None
-        return Prepared(folder, self.image, back, self.specs_before)
+        found = Prepared(folder, self.image, back, self.specs_before)
+        found.is_way_back = True
+        return found
 
     @property
     def before(self) -> bytes:

@@ -29,7 +29,7 @@ from hotweights.adapters.fingerprint import (
 )
 from hotweights.adapters.finite import check_finite as check_all_finite
 from hotweights.adapters.jobs import Job, quietly
-from hotweights.adapters.mapped import MappedImage, TensorSpec, check_specs, read_specs
+from hotweights.adapters.mapped import BadImage, MappedImage, TensorSpec, check_specs, read_specs
 from hotweights.adapters.plans import Plans
 from hotweights.adapters.prepared import PROBE_SLICE_S, Prepared
 from hotweights.adapters.twins import NoShadow
@@ -122,8 +122,7 @@ class Rank:
             job.wait(DROP_DEADLINE_S)
         try:
             _failpoints().hit("prepare.start")
-            # Else somebody has written to the model, or it has slept its weights away.
-            if retained is not None and combine_tensors(self._digests()) == retained.made.tensors_before:
+            if retained is not None and self._holds_still(retained):
                 kept, retained = retained, None
                 return kept
         finally:
@@ -189,6 +188,14 @@ class Rank:
             kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             return (int(torch.cuda.mem_get_info(device)[0]) + kept) // 4
         return wanted or 0
+
+    def _holds_still(self, retained: Prepared) -> bool:
+        """Whether the model is what this is the way back from: nobody wrote to it, and it did not sleep it away."""
+        try:
+            retained.image.check_unaltered()
+        except BadImage:  # staged again since, by an agent that had lost it
+            return False
+        return combine_tensors(self._digests()) == retained.made.tensors_before
 
     def _digests(self) -> dict[str, bytes]:
         """Of every tensor that the model holds now."""
