@@ -235,6 +235,7 @@ def test_whoever_asks_for_the_reload_relies_on_it(
     assert held.made.routes.reload[0] == 2
     rank.apply(images[1])
     assert same_as_folder(rank.model, images[1], {})
+    assert not rank._plans.rehearsed
 
 
 def test_a_model_that_is_not_all_direct_is_refused_where_that_is_asked_for(

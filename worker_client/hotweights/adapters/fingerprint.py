@@ -94,7 +94,6 @@ class Probe:
         self._layers = list(packed_layers(module))
         self._inputs: dict[int, torch.Tensor] = {}
         self._dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-        self._before = [_linear(layer) for _, layer, _ in self._layers]
         self._asked: dict[str, tuple[object, bytes]] = {}
 
     def run(self, budget_s: float) -> bool:
@@ -107,21 +106,6 @@ class Probe:
                 return False
             self._ask(name, layer, width)
         return True
-
-    def run_packed_anew(self) -> None:
-        """Asks the layers packed since this probe was made: called while a model is written, when their memory is
-        still in the processor's caches. Later it would take as long as reading the whole model."""
-        for (name, layer, width), before in zip(self._layers, self._before, strict=True):
-            if _linear(layer) is not before and not self._is_asked(name, layer):
-                self._ask(name, layer, width)
-
-    def adopt(self, other: "Probe") -> None:
-        """Takes over what the same functions answered to another probe, of the model they were packed in.
-
-        Packed memory is written once, by whoever packs it: a layer that got the very function that was asked
-        answers as that did. Layers with any other function are still asked here.
-        """
-        self._asked.update(other._asked)
 
     def digest(self) -> bytes:
         """Of the answers; layers that were packed again since they were asked are asked again."""

@@ -258,7 +258,7 @@ class Rank:
         points.hit("apply.end")
         self._served = held.specs
         self._plans.written(held.made.tensors_before, held.made.tensors_after)
-        self._plans.rehearsed |= held.made.reloads and held.base is not None
+        self._plans.rehearsed |= update.rehearsed
         return held
 
     def prove_written(self) -> bytes:

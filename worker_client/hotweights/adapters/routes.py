@@ -58,6 +58,8 @@ class Reload:
         self._copies = Copies(layers)
         self._before = self.digests()
         self._snapshot: Snapshot | None = None
+        self.rehearsed = False
+        """Whether reloading the base was seen to change nothing."""
 
     @property
     def _model(self) -> Any:
@@ -77,10 +79,6 @@ class Reload:
         """Whether every tensor holds what it held when this was made."""
         return self.digests() == self._before
 
-    def check_current(self) -> None:
-        """Raises ChangedSincePrepare unless the layers still consist of what was copied."""
-        self._copies.check_current(self._layers)
-
     def write(self, after: AfterTensors) -> None:
         """Leaves the layers half-written when it raises: `undo` is the caller's."""
         self._snapshot = Snapshot(self._model, self._layers)
@@ -93,7 +91,7 @@ class Reload:
                     f"{changed[0]}: another is installed, or vLLM's reload is not to be relied on here; "
                     "HOTWEIGHTS_ROUTE=reload does so all the same"
                 )
-            self._base = None
+            self._base, self.rehearsed = None, True
         self._reload(self._image, after)
 
     def _reload(self, image: MappedImage, after: AfterTensors) -> None:

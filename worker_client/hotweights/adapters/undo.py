@@ -52,13 +52,6 @@ class Copies:
         self._storages = storages_of(layers)
         self._bytes = {at: storage_bytes(storage).to("cpu", copy=True) for at, storage in self._storages.items()}
 
-    def check_current(self, layers: Iterable[torch.nn.Module]) -> None:
-        """Raises ChangedSincePrepare unless the modules still consist of the copied storages."""
-        sizes = {at: storage.nbytes() for at, storage in storages_of(layers).items()}
-        copied = {at: storage.nbytes() for at, storage in self._storages.items()}
-        if sizes != copied:
-            raise ChangedSincePrepare("tensors of the model were replaced since they were copied; prepare again")
-
     @torch.no_grad()
     def put_back(self) -> None:
         for at, storage in self._storages.items():

@@ -63,6 +63,11 @@ class Update:
         self._storages = _sizes(model)
         self.read_back_s = 0.0
 
+    @property
+    def rehearsed(self) -> bool:
+        """Whether a reload was rehearsed in the pause."""
+        return self._reload is not None and self._reload.rehearsed
+
     def check_current(self) -> None:
         """Raises ChangedSincePrepare unless the model still consists of the tensors this was made for."""
         if _sizes(self._model) != self._storages:
@@ -150,11 +155,6 @@ class Made:
             tensors_after=self.tensors_before,
             shadow=self.shadow,
         )
-
-    @property
-    def reloads(self) -> bool:
-        """Whether vLLM's reload has a part in it, in the pause or before."""
-        return self.routes.assembled[0] > 0 or self.routes.reload[0] > 0
 
     def drop(self) -> None:
         """Takes the shadow out of vLLM's books: its memory goes with this."""
