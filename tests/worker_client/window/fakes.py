@@ -34,7 +34,7 @@ class FakeEngine:
         self.wakes = asyncio.Event()
         self.checks_finite = False
         self.cleared_caches = self.caches_spoilt = False
-        self.expects = False
+        self.expects = self.anew = False
         self.base = self.retained = ""
         self.does: dict[str, Callable[..., Awaitable[Any]]] = {}
 
@@ -98,7 +98,7 @@ class FakeEngine:
         return {"done": True, "fingerprint": self.proof(rank)}
 
     def _prepare(self, rank: int, folder: str, name_map: dict[str, str], options: dict[str, Any]) -> Status:
-        self.checks_finite, self.base = options["check_finite"], options["base"]
+        self.checks_finite, self.base, self.anew = options["check_finite"], options["base"], options["anew"]
         self.prepared, self.kept = folder, None
         return {}
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,3 +225,36 @@ async def test_copies_of_another_update_are_no_way_back_from_what_level_2_discar
         engine.wake()
         report = await bench.stream.take()
         assert report.apply_failed.failure == pb.APPLY_FAILURE_TORN
+
+
+async def test_what_was_prepared_before_level_2_discarded_the_weights_is_prepared_anew() -> None:
+    """It holds what differs from weights that are gone: written onto garbage, garbage is what serves."""
+    engine = FakeEngine()
+    engine.device = "cuda:0"
+    async with running(Bench(engine=engine)) as bench:
+        await bench.prepare(V2)
+        engine.asleep = 2
+        assert (await bench.apply(V2)).HasField("deferred")
+        engine.calls.clear()
+        engine.wake()
+        assert (await bench.stream.take()).applied.active_digest == V2
+        assert engine.calls.index("prepare") < engine.calls.index("apply")
+        assert engine.anew
+        assert engine.base == "", "nothing is known of what is there"
+
+
+async def test_the_way_back_that_level_2_discarded_is_taken_from_its_image() -> None:
+    engine = FakeEngine()
+    engine.device = "cuda:0"
+    async with running(Bench(engine=engine)) as bench:
+        bench.agent.folders[V1] = Path("/base")  # as these engines tell versions apart
+        await bench.prepare(V2)
+        await bench.apply(V2)
+        engine.asleep = 2
+        assert (await bench.apply(V1, restore=True)).HasField("deferred")
+        engine.calls.clear()
+        engine.wake()
+        report = await bench.stream.take()
+        assert report.applied.active_digest == V1, report
+        assert "undo" not in engine.calls
+        assert engine.weights == ["/base"] * 2
