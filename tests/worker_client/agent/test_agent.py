@@ -111,10 +111,13 @@ async def test_a_folder_that_is_none_is_refused_by_name(home: Path, folder: str,
         await channel.close()
 
 
+@pytest.mark.parametrize("draft", [False, True], ids=["target", "with its draft"])
 async def test_a_published_version_is_fetched_by_another_node_and_both_hold_it(
-    home: Path, coordinator: SmallCoordinator
+    home: Path, coordinator: SmallCoordinator, draft: bool
 ) -> None:
     folder = make_folder(home / "v1")
+    if draft:
+        make_folder(folder / "draft", seed=2)
     async with (
         agent_of(a_config(home, "a", coordinator.endpoint)) as source,
         agent_of(a_config(home, "b", coordinator.endpoint)) as reader,

@@ -39,6 +39,13 @@ def make_folder(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def make_folder_with_draft(folder: Path) -> Path:
+    """A target and its draft model, which has tensors of the same names."""
+    make_folder(folder)
+    make_folder(folder / "draft", seed=1)
+    return folder
+
+
 def make_sharded_folder(folder: Path) -> Path:
     """Two shards and their index."""
     folder.mkdir(parents=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.worker_client.image.files import make_sharded_folder
 
-from hotweights.v1.manifest_pb2 import Manifest
+from hotweights.v1.manifest_pb2 import COMPONENT_ROLE_ADAPTER, COMPONENT_ROLE_DRAFT, Manifest
 from hotweights.worker_client.image import BadImage, build_manifest, check_manifest
 
 
@@ -21,11 +21,17 @@ SPOIL: dict[str, Callable[[Manifest], object]] = {
     "unknown format": lambda m: setattr(m, "format", "gguf"),
     "buckets of 0 bytes": lambda m: setattr(m, "bucket_bytes", 0),
     "buckets of 1073741825 bytes": lambda m: setattr(m, "bucket_bytes", (1 << 30) + 1),
-    "has no component": lambda m: m.ClearField("components"),
+    "its components are not a target": lambda m: m.ClearField("components"),
+    "its components are not a target: draft alone": lambda m: setattr(m.components[0], "role", COMPONENT_ROLE_DRAFT),
+    "its components are not a target: adapter": lambda m: m.components.add(name="adapter", role=COMPONENT_ROLE_ADAPTER),
+    "has a draft model without files": lambda m: m.components.add(name="draft", role=COMPONENT_ROLE_DRAFT),
+    "or files of one that it does not have": lambda m: setattr(m.files[0], "name", "draft/a.safetensors"),
     "no tensor at all": lambda m: m.ClearField("tensors"),
     "no plain name of a file that images have: parent": lambda m: setattr(m.files[2], "name", "../x.json"),
     "no plain name of a file that images have: absolute": lambda m: setattr(m.files[2], "name", "/x.json"),
     "no plain name of a file that images have: folder": lambda m: setattr(m.files[2], "name", "x/x.json"),
+    "no plain name of a file that images have: deep": lambda m: setattr(m.files[2], "name", "draft/draft/x.json"),
+    "no plain name of a file that images have: up": lambda m: setattr(m.files[2], "name", "draft/../x.json"),
     "no plain name of a file that images have: empty": lambda m: setattr(m.files[2], "name", ""),
     "no plain name of a file that images have: dots": lambda m: setattr(m.files[2], "name", ".."),
     "no plain name of a file that images have: pickle": lambda m: setattr(m.files[2], "name", "x.pkl"),
@@ -38,7 +44,7 @@ SPOIL: dict[str, Callable[[Manifest], object]] = {
     "the file holds no tensors": lambda m: setattr(m.tensors[2], "file", 2),
     "empty or stands twice": lambda m: setattr(m.tensors[2], "name", "a"),
     "empty or stands twice: empty": lambda m: setattr(m.tensors[2], "name", ""),
-    "of component 1 of 1": lambda m: setattr(m.tensors[0], "component", 1),
+    "of component 1, which its file is not of": lambda m: setattr(m.tensors[0], "component", 1),
     "a digest of 31 bytes": lambda m: setattr(m.tensors[0], "digest", bytes(31)),
     "unknown dtype 'X8'": lambda m: setattr(m.tensors[0], "dtype", "X8"),
     "its shape and dtype 140": lambda m: setattr(m.tensors[0], "size_bytes", 139),

@@ -5,7 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.worker_client.image.files import make_folder, make_hf_cache, make_sharded_folder
+from tests.worker_client.image.files import (
+    make_folder,
+    make_folder_with_draft,
+    make_hf_cache,
+    make_sharded_folder,
+)
 
 from hotweights.worker_client.image.errors import BadImage, ModelNotFound
 from hotweights.worker_client.image.folder import INDEX, belongs, is_plain_name, list_files, locate, resolve_model
@@ -103,6 +108,53 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, target: str) -> Non
     (tmp_path / "blobs" / "x.json").write_text("{}")
     (folder / "tokenizer.json").symlink_to(target)
     with pytest.raises(BadImage, match=r"tokenizer.json: is a link out of the folder"):
+        list_files(folder)
+
+
+def test_a_draft_inside_is_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+    folder = make_sharded_folder(tmp_path / "model")
+    make_sharded_folder(folder / "draft")
+    (folder / "draft" / "left_out.safetensors").write_bytes(b"")  # the draft's index does not name it
+    own = names(folder)
+    assert own == sorted(own)
+    assert [name for name in own if name.startswith("draft/")] == [
+        "draft/model-00001-of-00002.safetensors",
+        "draft/model-00002-of-00002.safetensors",
+        "draft/model.safetensors.index.json",
+    ]
+    assert locate(folder, "draft/model-00001-of-00002.safetensors").parent == folder / "draft"
+
+
+def test_a_folder_that_happens_to_be_called_draft_is_none(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    before = names(folder)
+    (folder / "draft").mkdir()
+    (folder / "draft" / "notes.txt").write_text("to do")
+    assert names(folder) == before
+
+
+def test_a_draft_alone_is_no_model(tmp_path: Path) -> None:
+    make_folder(tmp_path / "model" / "draft")
+    with pytest.raises(BadImage, match="no tensor at all"):
+        list_files(tmp_path / "model")
+
+
+def test_a_draft_shares_files_with_its_target_and_with_nobody_else(tmp_path: Path) -> None:
+    folder = make_folder_with_draft(tmp_path / "model")
+    (folder / "draft" / "tokenizer.json").symlink_to("../config.json")
+    assert locate(folder, "draft/tokenizer.json") == folder / "config.json"
+    (folder / "draft" / "tokenizer.json").unlink()
+    (folder / "draft" / "tokenizer.json").symlink_to("../../outside.json")
+    (tmp_path / "outside.json").write_text("{}")
+    with pytest.raises(BadImage, match=r"draft/tokenizer.json: is a link out of the folder"):
+        list_files(folder)
+
+
+def test_a_draft_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    make_folder(tmp_path / "another")
+    (folder / "draft").symlink_to(tmp_path / "another")
+    with pytest.raises(BadImage, match=r"draft/.*: is a link out of the folder"):
         list_files(folder)
 
 

@@ -14,6 +14,7 @@ from google.protobuf.internal import decoder
 from tests.worker_client.image.files import (
     entry,
     make_folder,
+    make_folder_with_draft,
     make_hf_cache,
     make_sharded_folder,
     write_raw,
@@ -134,6 +135,37 @@ def test_shards_named_by_an_index_make_one_image(tmp_path: Path) -> None:
         ("b", "model-00001"),
         ("c", "model-00002"),
     ]
+
+
+def test_a_draft_is_a_component_whose_tensors_may_have_the_targets_names(tmp_path: Path) -> None:
+    image = build_manifest(make_folder_with_draft(tmp_path / "model"), bucket_bytes=BUCKET)
+    manifest = image.manifest
+    assert [(part.name, part.role) for part in manifest.components] == [
+        ("target", manifest_pb2.COMPONENT_ROLE_TARGET),
+        ("draft", manifest_pb2.COMPONENT_ROLE_DRAFT),
+    ]
+    of_parts = [sorted(tensor.name for tensor in manifest.tensors if tensor.component == part) for part in (0, 1)]
+    assert of_parts[0] == of_parts[1]
+    assert len(of_parts[0]) == 5
+    assert {manifest.files[tensor.file].name for tensor in manifest.tensors if tensor.component} == {
+        "draft/model.safetensors"
+    }
+    assert parse_manifest(image.blob) == manifest
+    assert image.size_bytes == sum(path.stat().st_size for path in image.folder.rglob("*.*"))
+    image.check_unchanged()
+    (image.folder / "draft" / "config.json").write_text("{}")
+    with pytest.raises(FolderChanged, match=r"draft/config.json"):
+        image.check_unchanged()
+
+
+def test_a_drafts_index_is_held_to_its_word(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    make_sharded_folder(folder / "draft")
+    index = json.loads((folder / "draft" / INDEX).read_text())
+    index["weight_map"]["a"] = "model-00002-of-00002.safetensors"
+    (folder / "draft" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(BadImage, match=r"draft/model.safetensors.index.json says it is here, but it is not"):
+        build_manifest(folder)
 
 
 def test_code_is_hashed_and_passed_on_only_by_those_who_ask_for_it(tmp_path: Path) -> None:

@@ -30,8 +30,15 @@ def make_image(folder: Path, *, seed: int = 1, tensors: int = 4, tensor_bytes: i
     )
 
 
+def make_image_with_draft(folder: Path) -> Image:
+    make_folder(folder)
+    make_folder(folder / "draft", seed=2)
+    return build_manifest(folder, bucket_bytes=BUCKET_BYTES)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """By their names in an image."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def touch_bytes(path: Path, offset: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.worker_client.stage.checkpoints import contents, make_image, touch_bytes
+from tests.worker_client.stage.checkpoints import contents, make_image, make_image_with_draft, touch_bytes
 
 from hotweights.v1 import manifest_pb2
 from hotweights.worker_client.image.digests import digest_of
@@ -53,6 +53,28 @@ def test_a_staged_image_equals_its_folder_and_nobody_can_write_it(stage: Stage, 
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o440}
     assert stat.S_IMODE(stage.root.stat().st_mode) == 0o700
     assert stage.held() == [image.digest]
+
+
+def test_a_draft_is_staged_in_its_folder_and_checked_like_the_rest(stage: Stage, tmp_path: Path) -> None:
+    image = make_image_with_draft(tmp_path / "v1")
+    folder = put(stage, image)
+    assert contents(folder) == contents(image.folder)
+    assert len([name for name in contents(folder) if name.startswith("draft/")]) == 3
+    assert stage.used_bytes() >= image.size_bytes
+    stage.close()
+    again = Stage(stage.root)
+    assert again.open() == [image.digest]
+    assert again.verify(image.digest)  # what a former agent left whole is whole
+    touch_bytes(folder / "draft" / "model-1.safetensors", 1000)
+    with pytest.raises(ImageAltered, match=r"draft/model-1.safetensors"):
+        again.map(image.digest, "replica")
+    partial, resumed = again.reserve(image.digest, image.blob)
+    assert resumed
+    partial.scan()
+    assert len(partial.missing) == 1  # the rest of it is good
+    copy_folder(partial, image, no_progress)
+    assert contents(again.finish(partial)) == contents(image.folder)
+    again.close()
 
 
 def test_an_image_that_is_not_complete_cannot_be_mapped(stage: Stage, tmp_path: Path) -> None:

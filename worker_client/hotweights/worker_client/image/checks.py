@@ -10,7 +10,7 @@ from itertools import pairwise
 from hotweights.v1 import manifest_pb2
 from hotweights.worker_client.image.digests import DIGEST_BYTES, file_buckets
 from hotweights.worker_client.image.errors import BadImage
-from hotweights.worker_client.image.folder import WEIGHTS_SUFFIX, belongs
+from hotweights.worker_client.image.folder import WEIGHTS_SUFFIX, belongs, is_of_draft
 from hotweights.worker_client.image.headers import tensor_bytes
 
 FORMAT = "safetensors"
@@ -19,6 +19,7 @@ BUCKET_BYTES_MIN = 1 << 10
 BUCKET_BYTES_MAX = 1 << 30
 
 _MANIFEST = "manifest"
+_TARGET, _DRAFT = manifest_pb2.COMPONENT_ROLE_TARGET, manifest_pb2.COMPONENT_ROLE_DRAFT
 
 
 def check_manifest(manifest: manifest_pb2.Manifest, *, allow_code: bool = False) -> None:
@@ -29,11 +30,10 @@ def check_manifest(manifest: manifest_pb2.Manifest, *, allow_code: bool = False)
     if manifest.format != FORMAT:
         raise BadImage(_MANIFEST, "", f"unknown format {manifest.format!r}")
     check_bucket_bytes(manifest.bucket_bytes)
-    if not manifest.components:
-        raise BadImage(_MANIFEST, "", "has no component")
     if not manifest.tensors:
         raise BadImage(_MANIFEST, "", "no tensor at all")
     _check_files(manifest, allow_code)
+    _check_components(manifest)
     _check_tensors(manifest)
     _check_buckets(manifest)
 
@@ -43,6 +43,15 @@ def check_bucket_bytes(bucket_bytes: int) -> None:
     if not BUCKET_BYTES_MIN <= bucket_bytes <= BUCKET_BYTES_MAX:
         problem = f"buckets of {bucket_bytes} bytes; {BUCKET_BYTES_MIN} to {BUCKET_BYTES_MAX} are possible"
         raise BadImage(_MANIFEST, "", problem)
+
+
+def _check_components(manifest: manifest_pb2.Manifest) -> None:
+    """A target, and perhaps its draft, which has the files in the folder of that name."""
+    roles = [component.role for component in manifest.components]
+    if roles not in ([_TARGET], [_TARGET, _DRAFT]):
+        raise BadImage(_MANIFEST, "", "its components are not a target, or a target and its draft model")
+    if (len(roles) > 1) != any(is_of_draft(file.name) for file in manifest.files):
+        raise BadImage(_MANIFEST, "", "has a draft model without files, or files of one that it does not have")
 
 
 def _check_files(manifest: manifest_pb2.Manifest, allow_code: bool) -> None:
@@ -59,15 +68,15 @@ def _check_files(manifest: manifest_pb2.Manifest, allow_code: bool) -> None:
 
 
 def _check_tensors(manifest: manifest_pb2.Manifest) -> None:
-    names: set[str] = set()
+    names: set[tuple[int, str]] = set()
     position = (0, 0)
     for tensor in manifest.tensors:
         if tensor.file >= len(manifest.files):
             raise BadImage(_MANIFEST, tensor.name, f"is in file {tensor.file} of {len(manifest.files)}")
         file = manifest.files[tensor.file]
-        if not tensor.name or tensor.name in names:
+        if not tensor.name or (tensor.component, tensor.name) in names:
             raise BadImage(file.name, tensor.name, "a tensor's name is empty or stands twice")
-        names.add(tensor.name)
+        names.add((tensor.component, tensor.name))
         _check_tensor(manifest, file, tensor)
         if (tensor.file, tensor.offset) < position:
             raise BadImage(file.name, tensor.name, "overlaps the tensor before it, or is out of order")
@@ -77,8 +86,8 @@ def _check_tensors(manifest: manifest_pb2.Manifest) -> None:
 def _check_tensor(manifest: manifest_pb2.Manifest, file: manifest_pb2.ImageFile, tensor: manifest_pb2.Tensor) -> None:
     if not file.weights:
         raise BadImage(file.name, tensor.name, "the file holds no tensors")
-    if tensor.component >= len(manifest.components):
-        raise BadImage(file.name, tensor.name, f"is of component {tensor.component} of {len(manifest.components)}")
+    if tensor.component != int(is_of_draft(file.name)):
+        raise BadImage(file.name, tensor.name, f"is of component {tensor.component}, which its file is not of")
     if len(tensor.digest) != DIGEST_BYTES:
         raise BadImage(file.name, tensor.name, f"a digest of {len(tensor.digest)} bytes")
     try:

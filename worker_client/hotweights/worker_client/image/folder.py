@@ -4,7 +4,8 @@
                                  |                (configuration, tokenizer; `.py` only when asked for)
                                  +--links into--> blobs/
 
-Pickles never count: loading one runs its code.
+A folder `draft` inside with weights in it is the draft model that goes with the target: a checkpoint of its own, whose
+files are named `draft/NAME` in the image. Pickles never count: loading one runs its code.
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from hotweights.worker_client.image.errors import BadImage, ModelNotFound
 
 INDEX = "model.safetensors.index.json"
+DRAFT = "draft"
 WEIGHTS_SUFFIX = ".safetensors"
 # The index lists every tensor once; a million of them make about 100 MB.
 INDEX_BYTES_MAX = 256 << 20
@@ -34,7 +36,7 @@ _MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)
 
 @dataclass(frozen=True)
 class FolderFile:
-    """A file of the image. `path` is where its bytes are, links followed."""
+    """A file of the image. `path` is where its bytes are, links followed; `name` has a folder only in a draft's."""
 
     name: str
     path: Path
@@ -50,9 +52,14 @@ def is_plain_name(name: str) -> bool:
     return 0 < size <= NAME_BYTES_MAX and not name.startswith(".") and name.isprintable() and not set(name) & set("/\\")
 
 
+def is_of_draft(name: str) -> bool:
+    """Whether the file of this name in an image is one of the draft model's."""
+    return name.startswith(f"{DRAFT}/")
+
+
 def belongs(name: str, *, include_code: bool) -> bool:
     """Whether a file of this name may be part of an image at all."""
-    if not is_plain_name(name) or name.endswith(_LEFT_OUT):
+    if not is_plain_name(name.removeprefix(f"{DRAFT}/")) or name.endswith(_LEFT_OUT):
         return False
     return name.endswith((WEIGHTS_SUFFIX, *_RIDES_ALONG)) or (include_code and name.endswith(".py"))
 
@@ -64,34 +71,52 @@ def list_files(folder: Path, *, include_code: bool = False) -> list[FolderFile]:
     BadImage when there are none, when the index names one that is missing, and for a link that
     leads out of the folder.
     """
-    names = sorted(name for name in os.listdir(folder) if belongs(name, include_code=include_code))
-    weights = {name for name in names if name.endswith(WEIGHTS_SUFFIX)}
-    if INDEX in names:
-        named = set(read_index(folder).values())
-        for name in sorted(named - weights):
-            raise BadImage(INDEX, "", f"names {name!r}, which is not in the folder")
-        names = [name for name in names if name not in weights or name in named]
-    if not weights:
+    files = _files_of(folder, "", include_code)
+    if not any(file.weights for file in files):
         raise BadImage(folder.name, "", "no tensor at all: the folder has no *.safetensors (pickles are not read)")
+    of_draft = _files_of(folder, f"{DRAFT}/", include_code) if (folder / DRAFT).is_dir() else []
+    if any(file.weights for file in of_draft):  # else it is another folder of that name
+        files += of_draft
+    return sorted(files, key=lambda file: file.name)
+
+
+def _files_of(folder: Path, prefix: str, include_code: bool) -> list[FolderFile]:
+    """Of the checkpoint whose files have this prefix; without weights where it has none."""
+    names = [prefix + name for name in os.listdir(folder / prefix)]
+    names = [name for name in names if belongs(name, include_code=include_code)]
+    weights = {name for name in names if name.endswith(WEIGHTS_SUFFIX)}
+    index = prefix + INDEX
+    if index in names:
+        named = set(read_index(folder, index).values())
+        for name in sorted(named - weights):
+            raise BadImage(index, "", f"names {name!r}, which is not in the folder")
+        names = [name for name in names if name not in weights or name in named]
     return [FolderFile(name, locate(folder, name), name in weights) for name in names]
 
 
-def read_index(folder: Path) -> Mapping[str, str]:
-    """Tensor name -> file name, from the folder's index. Raises BadImage."""
-    path = locate(folder, INDEX)
+def read_index(folder: Path, index: str) -> Mapping[str, str]:
+    """Tensor name -> file name, from an index of the folder; a draft's files have its prefix. Raises BadImage."""
+    path = locate(folder, index)
     if path.stat().st_size > INDEX_BYTES_MAX:
-        raise BadImage(INDEX, "", f"too large: at most {INDEX_BYTES_MAX} bytes are allowed")
+        raise BadImage(index, "", f"too large: at most {INDEX_BYTES_MAX} bytes are allowed")
     try:
-        index = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise BadImage(INDEX, "", f"not JSON: {error}") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        raise BadImage(index, "", f"not JSON: {error}") from None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise BadImage(INDEX, "", "has no weight_map")
+        raise BadImage(index, "", "has no weight_map")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not is_plain_name(file) or not file.endswith(WEIGHTS_SUFFIX):
-            raise BadImage(INDEX, tensor, f"is said to be in {file!r}, which is no plain *{WEIGHTS_SUFFIX} name")
-    return weight_map
+            raise BadImage(index, tensor, f"is said to be in {file!r}, which is no plain *{WEIGHTS_SUFFIX} name")
+    prefix = index.removesuffix(INDEX)
+    return {tensor: prefix + file for tensor, file in weight_map.items()}
+
+
+def inside(folder: Path) -> dict[str, Path]:
+    """All files below a folder, by the names that files of an image have."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
 def locate(folder: Path, name: str) -> Path:
@@ -100,7 +125,7 @@ def locate(folder: Path, name: str) -> Path:
     A link may lead to another file of the folder, or, in a snapshot of the Hugging Face cache, to a
     file of its `blobs`; nowhere else.
     """
-    if not is_plain_name(name):
+    if not is_plain_name(name.removeprefix(f"{DRAFT}/")):
         raise BadImage(name, "", "is not a plain file name")
     home = folder.resolve()
     try:
@@ -110,7 +135,7 @@ def locate(folder: Path, name: str) -> Path:
         raise BadImage(name, "", f"cannot be opened in {folder}: {error.strerror}") from None
     except RuntimeError:  # how Python before 3.13 reports a loop of links
         raise BadImage(name, "", "is a link to itself") from None
-    if path.parent not in _allowed_homes(home):
+    if path.parent not in _allowed_homes(home):  # also where `draft` itself is a link
         raise BadImage(name, "", f"is a link out of the folder, to {path}")
     if not stat.S_ISREG(mode):
         raise BadImage(name, "", "is not a plain file")
@@ -119,6 +144,7 @@ def locate(folder: Path, name: str) -> Path:
 
 def _allowed_homes(folder: Path) -> Iterator[Path]:
     yield folder
+    yield folder / DRAFT
     if folder.parent.name == "snapshots":
         yield (folder.parent.parent / "blobs").resolve()
 

@@ -27,7 +27,7 @@ from hotweights.worker_client.image.digests import (
     tensor_digests,
 )
 from hotweights.worker_client.image.errors import BadImage, FolderChanged
-from hotweights.worker_client.image.folder import INDEX, FolderFile, list_files, locate, read_index
+from hotweights.worker_client.image.folder import DRAFT, INDEX, FolderFile, is_of_draft, list_files, locate, read_index
 from hotweights.worker_client.image.headers import TensorSpan, read_header
 from hotweights.worker_client.image.stamps import Stamp, read_stamp, stamp_of
 
@@ -149,19 +149,24 @@ def _read_entry(file: FolderFile, bucket_bytes: int) -> _Entry:
 
 
 def _check_tensors(folder: Path, entries: Iterable[_Entry]) -> None:
-    """A tensor is in one file only, and where the index says."""
-    homes: dict[str, str] = {}
-    for entry in entries:
-        for tensor in entry.tensors:
-            if tensor.name in homes:
-                raise BadImage(entry.file.name, tensor.name, f"is in {homes[tensor.name]} too")
-            homes[tensor.name] = entry.file.name
-    if not homes:
-        raise BadImage(folder.name, "", "no tensor at all: every *.safetensors is empty")
-    if any(entry.file.name == INDEX for entry in entries):
-        for name, file in read_index(folder).items():
-            if homes.get(name) != file:
-                raise BadImage(file, name, f"{INDEX} says it is here, but it is not")
+    """A tensor is in one file only of its component, and where the index says."""
+    for prefix, of_draft in (("", False), (f"{DRAFT}/", True)):
+        own = [entry for entry in entries if is_of_draft(entry.file.name) is of_draft]
+        homes: dict[str, str] = {}
+        for entry in own:
+            for tensor in entry.tensors:
+                if tensor.name in homes:
+                    raise BadImage(entry.file.name, tensor.name, f"is in {homes[tensor.name]} too")
+                homes[tensor.name] = entry.file.name
+        if not homes and own:
+            raise BadImage(
+                prefix.removesuffix("/") or folder.name, "", "no tensor at all: every *.safetensors is empty"
+            )
+        index = prefix + INDEX
+        if any(entry.file.name == index for entry in own):
+            for name, file in read_index(folder, index).items():
+                if homes.get(name) != file:
+                    raise BadImage(file, name, f"{index} says it is here, but it is not")
 
 
 def _hash_entries(folder: Path, entries: list[_Entry], progress: Progress | None, threads: int | None) -> None:
@@ -186,6 +191,8 @@ def _hash_entries(folder: Path, entries: list[_Entry], progress: Progress | None
 def _fill_manifest(entries: list[_Entry], bucket_bytes: int) -> manifest_pb2.Manifest:
     manifest = manifest_pb2.Manifest(format=FORMAT, bucket_bytes=bucket_bytes)
     manifest.components.add(name="target", role=manifest_pb2.COMPONENT_ROLE_TARGET)
+    if any(is_of_draft(entry.file.name) for entry in entries):
+        manifest.components.add(name=DRAFT, role=manifest_pb2.COMPONENT_ROLE_DRAFT)
     for number, entry in enumerate(entries):
         manifest.files.add(name=entry.file.name, size_bytes=entry.stamp.size_bytes, weights=entry.file.weights)
         digests = tensor_digests(entry.buckets, entry.pieces, entry.spans)
@@ -198,6 +205,7 @@ def _fill_manifest(entries: list[_Entry], bucket_bytes: int) -> manifest_pb2.Man
                 offset=tensor.offset,
                 size_bytes=tensor.size_bytes,
                 digest=digest,
+                component=int(is_of_draft(entry.file.name)),
             )
         for bucket, pieces in zip(entry.buckets, entry.pieces, strict=True):
             manifest.buckets.add(

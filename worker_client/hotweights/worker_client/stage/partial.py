@@ -46,7 +46,8 @@ class Partial:
         Raises OSError (ENOSPC) before anything is mapped: a write to a page that cannot be had kills the process.
         """
         resumed = self.folder.is_dir()
-        self.folder.mkdir(mode=0o700, exist_ok=True)
+        for folder in sorted({(self.folder / file.name).parent for file in self.manifest.files} | {self.folder}):
+            folder.mkdir(mode=0o700, exist_ok=True)
         handles: list[int] = []
         try:
             for file in self.manifest.files:

@@ -25,6 +25,7 @@ from hotweights.v1 import manifest_pb2
 from hotweights.wire import failpoints
 from hotweights.worker_client.image.digests import digest_of
 from hotweights.worker_client.image.errors import BadImage
+from hotweights.worker_client.image.folder import inside
 from hotweights.worker_client.image.manifest import parse_manifest
 from hotweights.worker_client.image.verify import verify_folder
 from hotweights.worker_client.stage.errors import ImageAltered, NotStaged, StageFull, StageTaken, StageUnsafe
@@ -181,7 +182,7 @@ class Stage:
         manifest = parse_manifest(blob, allow_code=True)
         stamps = stamps_of(self.root / digest.hex(), manifest)  # before the bytes are read: what comes later is noticed
         whole = verify_folder(folder, manifest, progress=progress).ok
-        if whole and {path.name for path in folder.iterdir()} == {file.name for file in manifest.files}:
+        if whole and inside(folder).keys() == {file.name for file in manifest.files}:
             with self._lock:
                 self._held[digest], self._stamps[digest] = manifest, stamps
             return True
@@ -220,8 +221,8 @@ class Stage:
             raise RuntimeError(f"{len(partial.missing)} buckets are missing")
         partial.close()
         wanted = {file.name for file in partial.manifest.files}
-        for path in partial.folder.iterdir():
-            if path.name in wanted:
+        for name, path in inside(partial.folder).items():
+            if name in wanted:
                 path.chmod(0o440)
             else:
                 path.unlink()
@@ -291,7 +292,7 @@ class Stage:
         folder, partial = self.root / digest.hex(), self._partial_folder(digest)
         if partial.exists():
             shutil.rmtree(partial)
-        for path in folder.iterdir():
+        for path in inside(folder).values():
             path.chmod(0o600)
         folder.replace(partial)
 
@@ -365,7 +366,7 @@ def _digest_of(path: Path) -> bytes | None:
 
 def _allocated_bytes(folder: Path) -> int:
     try:
-        return sum(path.lstat().st_blocks * 512 for path in folder.iterdir())
+        return sum(path.lstat().st_blocks * 512 for path in inside(folder).values())
     except FileNotFoundError:
         return 0
 
