@@ -111,3 +111,27 @@ def make_int4_model(folder: Path, seed: int) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def make_eagle(folder: Path, seed: int, *, own_embedding: bool = True) -> Path:
+    """A Llama with an EAGLE head as its draft, which holds the target's embedding, its own or none of its own.
+
+    vLLM gives target and draft one embedding where they are equal, or the draft has none.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    make_tiny_model(folder, "llama", seed)
+    draft = make_tiny_model(folder / "draft", "llama", 10 * seed)
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(draft / "model.safetensors").items()}
+    left_out = ("layers.1.", "lm_head.", "norm.", "layers.0.input_layernorm.", "embed_tokens.")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(left_out)}
+    width = _COMMON["hidden_size"]
+    tensors["fc.weight"] = (torch.randn(width, 2 * width) * 0.02).to(torch.bfloat16)
+    if own_embedding:
+        tensors["embed_tokens.weight"] = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone()
+    save_file(tensors, draft / "model.safetensors", {"format": "pt"})
+    config = json.loads((draft / "config.json").read_text())
+    config["num_hidden_layers"] = 1
+    (draft / "config.json").write_text(json.dumps(config))
+    return folder

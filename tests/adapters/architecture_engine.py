@@ -1,6 +1,6 @@
 """A live engine of any architecture, without a tokenizer: what it answers, with logprobs, and what it holds.
 
-Run as a script, `architecture_engine.py FOLDER RANKS`, it prints that of an engine freshly started.
+Run as a script, `architecture_engine.py FOLDER RANKS [METHOD]`, it prints that of an engine freshly started.
 """
 
 import json
@@ -17,10 +17,16 @@ COUNT = 12
 
 
 class ArchitectureEngine:
-    """One engine; what is prepared is proven with the image in `base`."""
+    """One engine; what is prepared is proven with the image in `base`.
 
-    def __init__(self, folder: Path, ranks: int) -> None:
-        shape = {"tensor_parallel_size": ranks} if ranks > 1 else {}
+    `method` is vLLM's of speculative decoding, with the draft model in `draft`: the checkpoint's own unless given.
+    """
+
+    def __init__(self, folder: Path, ranks: int, method: str = "", draft: Path | None = None) -> None:
+        shape: dict[str, Any] = {"tensor_parallel_size": ranks} if ranks > 1 else {}
+        if method:
+            model = folder / "draft" if draft is None else draft
+            shape["speculative_config"] = {"method": method, "model": str(model), "num_speculative_tokens": 3}
         self.live = LiveEngine(folder, skip_tokenizer_init=True, max_num_seqs=8, **shape)
         self._asked = 0
 
@@ -72,10 +78,10 @@ class ArchitectureEngine:
         self.live.close()
 
 
-def fresh(folder: Path, ranks: int) -> dict[str, Any]:
+def fresh(folder: Path, ranks: int, method: str = "") -> dict[str, Any]:
     """Of an engine started for this, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.adapters.architecture_engine", str(folder), str(ranks)],
+        [sys.executable, "-m", "tests.adapters.architecture_engine", str(folder), str(ranks), method],
         capture_output=True,
         text=True,
         timeout=START_DEADLINE_S,
@@ -88,7 +94,7 @@ def fresh(folder: Path, ranks: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    engine = ArchitectureEngine(Path(sys.argv[1]), int(sys.argv[2]))
+    engine = ArchitectureEngine(Path(sys.argv[1]), int(sys.argv[2]), "".join(sys.argv[3:]))
     seen = engine.found()
     engine.close()
     print(json.dumps(seen))

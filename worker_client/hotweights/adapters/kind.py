@@ -37,11 +37,13 @@ def facts(worker: Any) -> dict[str, Any]:
     import torch
     import vllm
 
+    from hotweights.adapters.components import Together, model_of
     from hotweights.adapters.fingerprint import live_tensors
 
     config = worker.vllm_config
     model, parallel = config.model_config, config.parallel_config
-    tensors = live_tensors(worker.model_runner.get_model())
+    serving = model_of(worker)
+    draft = config.speculative_config.draft_model_config.hf_config if isinstance(serving, Together) else None
     return {
         "model": without_folder(model.hf_config.to_dict()),
         "dtype": str(model.dtype),
@@ -54,7 +56,8 @@ def facts(worker: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": device(torch.device(worker.device)),
         # Adapters, parts left out and backends name and lay out tensors in their own ways.
-        "tensors": sorted(f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors),
+        "tensors": sorted(f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in live_tensors(serving)),
+        **({} if draft is None else {"draft": without_folder(draft.to_dict())}),
     }
 
 

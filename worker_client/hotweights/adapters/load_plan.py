@@ -9,13 +9,14 @@ A plan is a claim about another program, so it is proven before it is used: see 
 "Parameters" here are buffers too.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hotweights.adapters.components import DRAFT, Together
 from hotweights.adapters.twins import REGISTRIES, NoShadow, Twins
 
 PIECE_BYTES = 64 << 20
@@ -85,6 +86,10 @@ class LoadPlan:
     """The checkpoint tensors that each parameter is made from."""
     unclear: dict[str, str] = field(default_factory=dict)
     """What the loader did that no copy tells, by module: such a model is not split, all of it is reloaded."""
+    shared: list[tuple[Copy, Copy]] = field(default_factory=list)
+    """Copies of a draft, which are not made, for its target has the same place; with the target's."""
+    left_out: frozenset[str] = frozenset()
+    """The tensors of a draft that go nowhere else. See `Together`."""
 
     def differing(self, model: torch.nn.Module, image: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """Parameters for which the plan with these tensors does not give what the model holds now, and why.
@@ -107,6 +112,14 @@ class LoadPlan:
             if not _same_bits(torch.full_like(target, fill.value), target):
                 problems[fill.parameter] = f"holds something else than its padding of {fill.value:g}"
         return problems
+
+    def disagreeing(self, image: Mapping[str, torch.Tensor]) -> str:
+        """A tensor of the draft that has something else for a shared place than the target has; empty without one."""
+        for of_draft, of_target in self.shared:
+            one, other = (copy.take.of(image[copy.tensor]) for copy in (of_draft, of_target))
+            if one.dtype != other.dtype or not _same_bits(one, other):
+                return of_draft.tensor
+        return ""
 
     def reshaped(self, live: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """Parameters that the model does not hold in the form that its loader writes."""
@@ -141,7 +154,11 @@ def record_beside(live: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) ->
         twins.as_created()
         names = {layer: name for name, layer in live.named_modules()}
         before = {twin: _state(twin) for twin in twins.of.values()}
-        plan = record(twins.model, tensors, {_number(tensor) for tensor in named_tensors(live).values()})
+        serving = {_number(tensor) for tensor in named_tensors(live).values()}
+        if isinstance(twins.model, Together):
+            plan = _record_together(twins.model, tensors, serving)
+        else:
+            plan = record(twins.model, tensors, serving)
         for layer, twin in twins.of.items():
             for attribute, now in _state(twin).items():
                 if before[twin].get(attribute) != now:
@@ -161,15 +178,52 @@ def _state(twin: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def record(model: Any, tensors: Mapping[str, torch.Tensor], untouchable: Collection[int] = ()) -> LoadPlan:
-    """Runs `model.load_weights` on the shapes, strides and dtypes of a checkpoint's tensors.
+def _record_together(model: Together, tensors: Mapping[str, torch.Tensor], untouchable: Collection[int]) -> LoadPlan:
+    """The plans of target and draft as one; where both write to the same tensor it is the target that does.
+
+    Raises NotRecorded where the draft does not write there what the target writes, place for place.
+    """
+    of_target = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{DRAFT}/")}
+    of_draft = {name: tensor for name, tensor in tensors.items() if model.of_draft(name)}
+    target = record(model, of_target, untouchable, model.load_target)
+    draft = record(model, of_draft, untouchable, model.load_draft)
+    places = {(copy.parameter, copy.put): copy for copy in target.copies}
+    shared: list[tuple[Copy, Copy]] = []
+    for parameter in sorted(draft.forms.keys() & target.forms.keys()):
+        repeated = [copy for copy in draft.copies if copy.parameter == parameter]
+        if parameter in draft.opaque or any((parameter, copy.put) not in places for copy in repeated):
+            raise NotRecorded(f"target and draft share {parameter}, and load it in ways of their own")
+        shared += [(copy, places[parameter, copy.put]) for copy in repeated]
+        del draft.forms[parameter]
+    left_out = frozenset(copy.tensor for copy, _ in shared)
+    if used := sorted(left_out & draft.tensors_for(draft.forms)):
+        raise NotRecorded(f"the draft shares with its target what it loads from {used[0]}, and keeps some of it")
+    return LoadPlan(
+        copies=target.copies + [copy for copy in draft.copies if copy.parameter in draft.forms],
+        fills=target.fills + [fill for fill in draft.fills if fill.parameter in draft.forms],
+        opaque={**draft.opaque, **target.opaque},
+        forms={**draft.forms, **target.forms},
+        sources={**draft.sources, **target.sources},
+        unclear={**draft.unclear, **target.unclear},
+        shared=shared,
+        left_out=left_out,
+    )
+
+
+def record(
+    model: Any,
+    tensors: Mapping[str, torch.Tensor],
+    untouchable: Collection[int] = (),
+    load: Callable[[Iterator[tuple[str, torch.Tensor]]], Any] | None = None,
+) -> LoadPlan:
+    """Runs `model.load_weights`, or `load`, on the shapes, strides and dtypes of a checkpoint's tensors.
 
     `untouchable` storages, by number, are not to be written to. Raises NotRecorded.
     """
     recorder = _Recorder(model, untouchable)
     try:
         with torch.no_grad(), recorder:
-            model.load_weights(iter(list(recorder.sources(tensors))))
+            (load or model.load_weights)(iter(list(recorder.sources(tensors))))
     except NotRecorded:
         raise
     except Exception as error:  # a loader raises what it likes for tensors that are not its model's or have no values

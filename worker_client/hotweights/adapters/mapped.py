@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from hotweights.adapters.components import DRAFT, DRAFT_PREFIX
+
 HEADER_BYTES_MAX = 100 << 20  # the limit of the safetensors library itself
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python 3.10 has no name for it
 
@@ -115,18 +117,32 @@ def _header(path: Path) -> dict[str, _Place]:
     return dict(sorted(places.items(), key=lambda item: item[1].start))
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: those of the index where there is one."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [folder / str(name) for name in names]
-    return sorted(folder.glob("*.safetensors"))
+def _weight_files(folder: Path, draft: bool) -> Iterator[tuple[str, Path]]:
+    """The files that hold the weights, with the prefix of their tensors: those of the index where there is one."""
+    for prefix, part in (("", folder), (DRAFT_PREFIX, folder / DRAFT))[: 1 + draft]:
+        index = part / "model.safetensors.index.json"
+        if index.exists():
+            paths = [part / str(name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        else:
+            paths = sorted(part.glob("*.safetensors"))
+        yield from ((prefix, path) for path in paths)
 
 
-def read_specs(folder: Path) -> dict[str, TensorSpec]:
-    """Names, dtypes and shapes of a checkpoint folder, from the headers alone. Raises BadImage, OSError."""
-    specs = {name: place.spec for path in _weight_files(folder) for name, place in _header(path).items()}
+def has_draft(folder: Path) -> bool:
+    """Whether a checkpoint folder has a draft model in it."""
+    return any((folder / DRAFT).glob("*.safetensors"))
+
+
+def read_specs(folder: Path, *, draft: bool = False) -> dict[str, TensorSpec]:
+    """Names, dtypes and shapes of a checkpoint folder, from the headers alone. Raises BadImage, OSError.
+
+    With `draft` those of the draft model in it too.
+    """
+    specs = {
+        prefix + name: place.spec
+        for prefix, path in _weight_files(folder, draft)
+        for name, place in _header(path).items()
+    }
     if not specs:
         raise BadImage(f"{folder}: no safetensors file with a tensor in it")
     return specs
@@ -149,26 +165,26 @@ def renamed(name: str, name_map: Mapping[str, str]) -> str:
 class MappedImage:
     """An image folder under mapping. `tensors` are in the order of their bytes: loaders meet whole layers."""
 
-    def __init__(self, folder: Path, name_map: Mapping[str, str]) -> None:
-        """Maps every file. Raises BadImage, OSError."""
+    def __init__(self, folder: Path, name_map: Mapping[str, str], *, draft: bool = False) -> None:
+        """Maps every file, with `draft` those of the draft model too. Raises BadImage, OSError."""
         self.folder = folder
         self.specs: dict[str, TensorSpec] = {}
         self._maps: list[mmap.mmap] = []
         self._stamps: dict[Path, tuple[int, int, int]] = {}
         self._tensors: dict[str, torch.Tensor] = {}
-        for path in _weight_files(folder):
-            self._map_file(path, name_map)
+        for prefix, path in _weight_files(folder, draft):
+            self._map_file(path, prefix, name_map)
         if not self._tensors:
             raise BadImage(f"{folder}: no safetensors file with a tensor in it")
 
-    def _map_file(self, path: Path, name_map: Mapping[str, str]) -> None:
+    def _map_file(self, path: Path, prefix: str, name_map: Mapping[str, str]) -> None:
         places = _header(path)
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self._stamps[path] = _stamp(os.fstat(file.fileno()))
         self._maps.append(mapped)
         for original, place in places.items():
-            name = renamed(original, name_map)
+            name = renamed(prefix + original, name_map)
             if name in self.specs:
                 raise BadImage(f"tensor {original}: the name {name} is taken by another tensor")
             self.specs[name] = place.spec

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from hotweights.adapters.components import NotTogether, Together
 from hotweights.adapters.direct import Split, nothing_direct, split
 from hotweights.adapters.load_plan import Form, LoadPlan, NotRecorded, form, named_tensors, record_beside
 from hotweights.adapters.mapped import MappedImage, TensorSpec, check_specs
@@ -59,7 +60,22 @@ class Plans:
                 self._why_not = str(error)
                 log.warning("no load plan: %s", error)
             self._key = key
+            if isinstance(model, Together) and self._plan is not None:
+                model.left_out = self._plan.left_out
         return self._plan
+
+    def check_together(self, model: torch.nn.Module, image: MappedImage) -> None:
+        """Raises NotTogether unless a draft, where there is one, can be written with its target as the image says."""
+        if not isinstance(model, Together):
+            return
+        plan = self.plan(model, image)
+        if plan is None:
+            raise NotTogether(f"target and draft cannot be written together: {self._why_not}")
+        if name := plan.disagreeing(image.tensors):
+            raise NotTogether(
+                f"the engine has one tensor for target and draft where this version has two: {name} differs from the "
+                "target's; an engine started from the version has both"
+            )
 
     def written(self, before: bytes, after: bytes) -> None:
         """An update wrote another digest by the plan: what was proven holds for that too. Empty: that is not known."""

@@ -17,6 +17,7 @@ import torch
 
 from hotweights.adapters import kv_cache, memory
 from hotweights.adapters.checkpoint import checkpoint_folder
+from hotweights.adapters.components import NotTogether, Source, Together, model_of, source
 from hotweights.adapters.direct import nothing_direct
 from hotweights.adapters.fingerprint import (
     Probe,
@@ -29,7 +30,7 @@ from hotweights.adapters.fingerprint import (
 )
 from hotweights.adapters.finite import check_finite as check_all_finite
 from hotweights.adapters.jobs import Job, quietly
-from hotweights.adapters.mapped import BadImage, MappedImage, TensorSpec, check_specs, read_specs
+from hotweights.adapters.mapped import BadImage, MappedImage, TensorSpec, check_specs, has_draft, read_specs
 from hotweights.adapters.plans import Plans
 from hotweights.adapters.prepared import PROBE_SLICE_S, Prepared
 from hotweights.adapters.twins import NoShadow
@@ -72,8 +73,8 @@ class Rank:
 
     @property
     def model(self) -> torch.nn.Module:
-        model: torch.nn.Module = self._worker.model_runner.get_model()
-        return model
+        """With the draft that belongs to it."""
+        return model_of(self._worker)
 
     # Preparing
 
@@ -129,7 +130,13 @@ class Rank:
             if retained is not None:
                 retained.drop()
                 retained.image.close()
-        image = MappedImage(folder, name_map)
+        draft = self._has_own_draft()
+        if not draft and has_draft(folder) and source(self._worker) is not Source.NONE:
+            raise NotTogether(
+                "the version has a draft model, in its folder draft, but the engine loaded its own from another place: "
+                'start it with speculative_config {"model": CHECKPOINT/draft}, where CHECKPOINT is its --model'
+            )
+        image = MappedImage(folder, name_map, draft=draft)
         try:
             served = self._served_specs()
             if served is not None:
@@ -138,7 +145,7 @@ class Rank:
                 check_all_finite(image)
             memory.require("the update and the way back", self._bytes_needed())
             image.populate()
-            installed = None if base is None else MappedImage(base, name_map)
+            installed = None if base is None else MappedImage(base, name_map, draft=draft)
         except Exception:
             image.close()
             raise
@@ -154,6 +161,7 @@ class Rank:
     def _make(self, image: MappedImage, base: MappedImage | None, *, whole: bool) -> Made:
         """By HOTWEIGHTS_ROUTE; `auto` takes for each module the first route that is known to be right."""
         wanted, model = load_config().route, self.model
+        self._plans.check_together(model, image)
         before = self._digests()
         if wanted in ("auto", "direct"):
             split = self._plans.split(model, image, base, combine_tensors(before))
@@ -208,8 +216,13 @@ class Rank:
             if folder is None:
                 log.warning("the engine's checkpoint is not here: names and shapes are checked only while applying")
                 return None
-            self._served = read_specs(folder)
+            self._served = read_specs(folder, draft=self._has_own_draft())
         return self._served
+
+    def _has_own_draft(self) -> bool:
+        """Whether a draft model that has files of its own goes with the target."""
+        model = self.model
+        return isinstance(model, Together) and model.source is Source.OWN
 
     def _bytes_needed(self) -> int:
         """Of all ranks here, at most: every tensor as it was and as it is to be, and packed weights twice."""

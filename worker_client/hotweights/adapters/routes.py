@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hotweights.adapters.components import model_of
 from hotweights.adapters.experts import packed_experts
 from hotweights.adapters.fingerprint import digest_tensor
 from hotweights.adapters.mapped import MappedImage
@@ -63,7 +64,7 @@ class Reload:
 
     @property
     def _model(self) -> Any:
-        return self._worker.model_runner.get_model()
+        return model_of(self._worker)
 
     def digests(self) -> dict[str, bytes]:
         """Of the layers' own tensors as they are now, by name."""

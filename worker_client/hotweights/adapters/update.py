@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 
+from hotweights.adapters.components import model_of
 from hotweights.adapters.device_writes import Budget, device_write
 from hotweights.adapters.direct import Split, spread
 from hotweights.adapters.fingerprint import (
@@ -184,9 +185,9 @@ class Maker:
         self._budget = Budget(device_budget_bytes)
         self._plan, self._split = plan, split
         self._tensors = split.tensors
-        named = dict(worker.model_runner.get_model().named_modules(remove_duplicate=False))
+        self._model = model_of(worker)
+        named = dict(self._model.named_modules(remove_duplicate=False))
         self._must = [] if plan is None else [named[name] for name in split.reasons]
-        self._model: torch.nn.Module = worker.model_runner.get_model()
         self._live = named_tensors(self._model)
         self._names = _by_storage(dict(live_tensors(self._model)))
         self._after: dict[str, bytes] = {}
