@@ -19,10 +19,15 @@ DEADLINE_S = 10.0
 
 
 class _Held:
+    def at_hand(self, image: bytes, file: int, offset: int, size: int) -> memoryview | None:
+        return None
+
     def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
         if image != IMAGE or file != 0 or offset + size > len(CONTENT):
             raise NotHeld(image, file, offset, size, "only one file of one image here")
         return memoryview(CONTENT)[offset : offset + size]
+
+    async def until_more(self, image: bytes) -> None: ...
 
 
 class _Room:

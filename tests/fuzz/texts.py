@@ -39,7 +39,7 @@ def settings(data: bytes) -> None:
     text = cursor.part().decode("utf-8", "surrogateescape")
     with suppress(BadSetting, BadEndpoint):
         config = load_config({name: text})
-        assert config.bucket_bytes >= 64 << 10
+        assert config.bucket_bytes is None or config.bucket_bytes >= 64 << 10
         assert 1 <= config.max_images <= 1000
         assert 0 <= config.agent_idle_s < float("inf")
         assert all(old and new for old, new in config.name_map.items())

@@ -1,5 +1,6 @@
 """A source that holds one image, and a server of it over any transport."""
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hotweights.transports.base import Server, Transport
-from hotweights.transports.errors import NotHeld
+from hotweights.transports.errors import NotHeld, NotYet
 
 IMAGE = bytes(range(32))
 TOKEN = b"a good token"
@@ -23,11 +24,21 @@ def pattern(size: int) -> bytes:
 
 @dataclass
 class Held:
-    """A BucketSource of one file. With `gate`, opening waits until a test opens it."""
+    """A BucketSource of one file. With `gate`, opening waits until a test opens it.
+
+    Where `there` is given, so many bytes from the start have come so far: `come` brings more. What is `in_memory` is
+    given without a thread.
+    """
 
     content: bytes
     gate: threading.Event | None = None
     opened: threading.Event = field(default_factory=threading.Event)
+    there: int | None = None
+    in_memory: bool = False
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def at_hand(self, image: bytes, file: int, offset: int, size: int) -> memoryview | None:
+        return self.open(image, file, offset, size) if self.in_memory else None
 
     def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
         self.opened.set()
@@ -35,7 +46,17 @@ class Held:
             assert self.gate.wait(timeout=30)
         if image != IMAGE or file != 0 or offset + size > len(self.content):
             raise NotHeld(image, file, offset, size, "only one file of one image here")
+        if self.there is not None and offset + size > self.there:
+            raise NotYet(image, self.there)
         return memoryview(self.content)[offset : offset + size]
+
+    async def until_more(self, image: bytes) -> None:
+        await self.news.wait()
+
+    def come(self, there: int) -> None:
+        self.there = there
+        self.news.set()
+        self.news = asyncio.Event()
 
 
 def accept_good_token(token: bytes, image: bytes) -> bool:

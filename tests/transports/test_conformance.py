@@ -9,7 +9,7 @@ from tests.certificates import Authority, contexts
 from tests.transports.sources import IMAGE, MIB, TOKEN, Held, pattern, serving
 
 from hotweights.transports.base import Connection, Server, Transport
-from hotweights.transports.errors import DeadlinePassed, NotHeld, PeerGone, TokenRefused
+from hotweights.transports.errors import DeadlinePassed, NotHeld, NotYet, PeerGone, TokenRefused
 from hotweights.transports.line import Tls
 from hotweights.transports.memory import MemoryNetwork, MemoryTransport
 from hotweights.transports.tcp import TcpTransport
@@ -112,6 +112,33 @@ async def test_what_was_cut_off_is_resumed_in_the_middle_from_another_source(tra
         await read_into_part(connection, into, 16 * MIB, len(whole))
         await connection.close()
     assert hashlib.sha256(into).digest() == hashlib.sha256(whole).digest()
+
+
+@pytest.mark.parametrize("in_memory", [False, True], ids=["opened", "at hand"])
+async def test_what_is_on_its_way_to_the_source_is_waited_for(transport: Transport, in_memory: bool) -> None:
+    source = Held(CONTENT, there=MIB, in_memory=in_memory)
+    async with serving(transport, source) as server:
+        connection = await connect(transport, server)
+        assert await read(connection, 0, MIB) == CONTENT[:MIB]
+        reading = asyncio.create_task(read(connection, MIB, MIB))
+        await asyncio.sleep(0.05)
+        source.come(MIB + 1)  # more, and not enough
+        await asyncio.sleep(0.05)
+        assert not reading.done()
+        source.come(2 * MIB)
+        assert await reading == CONTENT[MIB : 2 * MIB]
+        await connection.close()
+
+
+async def test_a_reader_that_waits_is_told_how_much_there_is_and_may_go_on(transport: Transport) -> None:
+    source = Held(CONTENT, there=MIB)
+    async with serving(transport, source) as server:
+        connection = await connect(transport, server)
+        with pytest.raises(NotYet) as caught:
+            await read(connection, MIB, 1)
+        assert (caught.value.image, caught.value.held_bytes) == (IMAGE, MIB)
+        assert await read(connection, 0, MIB) == CONTENT[:MIB]
+        await connection.close()
 
 
 async def test_wrong_bytes_are_passed_on_as_they_are_for_the_reader_to_detect(transport: Transport) -> None:
@@ -219,13 +246,13 @@ async def test_what_is_not_held_is_refused_with_the_range_and_the_connection_sta
 
 @pytest.mark.parametrize("fault", ["unreadable", "short"])
 async def test_a_source_that_cannot_give_the_whole_range_does_not_hold_it(transport: Transport, fault: str) -> None:
-    class Faulty:
+    class Faulty(Held):
         def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
             if fault == "unreadable":
                 raise PermissionError("not yours")
             return memoryview(CONTENT)[: size - 1]
 
-    server = await transport.serve(Faulty(), "127.0.0.1:0", check=lambda token, image: True)
+    server = await transport.serve(Faulty(CONTENT), "127.0.0.1:0", check=lambda token, image: True)
     connection = await connect(transport, server)
     with pytest.raises(NotHeld):
         await read(connection, 0, 9)

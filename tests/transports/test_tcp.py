@@ -27,7 +27,7 @@ import asyncio, sys
 from hotweights.transports.tcp import TcpTransport
 
 class Source:
-    def open(self, image, file, offset, size):
+    def at_hand(self, image, file, offset, size):
         return memoryview(bytes([1]) * size)
 
 async def main():
@@ -298,14 +298,14 @@ async def test_connecting_to_a_port_that_never_answers_ends_at_the_deadline() ->
 
 
 async def test_a_blocked_source_does_not_hold_up_the_event_loop_or_other_readers() -> None:
-    class Slow:
+    class Slow(Held):
         def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
             if offset == 1:
                 time.sleep(0.5)
             return memoryview(CONTENT)[offset : offset + size]
 
     transport = TcpTransport()
-    server = await transport.serve(Slow(), check=accept_good_token)
+    server = await transport.serve(Slow(CONTENT), check=accept_good_token)
     connection = await transport.connect(server.address, token=TOKEN, deadline_s=5)
     slow = asyncio.create_task(connection.read_into(IMAGE, 0, 1, memoryview(bytearray(9)), deadline_s=10))
     await asyncio.sleep(0.05)

@@ -29,3 +29,18 @@ def test_a_device_budget_is_bytes_or_left_to_what_is_free() -> None:
     assert load_config(config.as_environ()).device_budget == 2 << 30
     with pytest.raises(BadSetting, match="HOTWEIGHTS_DEVICE_BUDGET"):
         load_config({"HOTWEIGHTS_DEVICE_BUDGET": "2G"})
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_s"), [("", None), ("200MB", 200e6), (" 1.5 GB/s ", 1.5e9), ("1000KB", 1e6), ("2000000B", 2e6)]
+)
+def test_a_limit_of_bandwidth_is_in_bytes_a_second(text: str, bytes_s: float | None) -> None:
+    config = load_config({"HOTWEIGHTS_BANDWIDTH_MAX": text})
+    assert config.bandwidth_max == bytes_s
+    assert load_config(config.as_environ()).bandwidth_max == bytes_s
+
+
+@pytest.mark.parametrize("text", ["fast", "0MB", "999KB", "200", "200Mbit", "-1GB", "1e9B", "9" * 5000 + "B"])
+def test_a_limit_of_bandwidth_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(BadSetting, match="takes bytes a second, at least 1MB, for example 200MB"):
+        load_config({"HOTWEIGHTS_BANDWIDTH_MAX": text})

@@ -27,15 +27,15 @@ from hotweights.v1 import model_pb2 as hotweights_dot_v1_dot_model__pb2
 from hotweights.v1 import update_pb2 as hotweights_dot_v1_dot_update__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"hotweights/v1/worker_service.proto\x12\rhotweights.v1\x1a\x19hotweights/v1/fleet.proto\x1a\x19hotweights/v1/model.proto\x1a\x1ahotweights/v1/update.proto\"\xc3\x01\n\x0eSessionRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.hotweights.v1.HelloH\x00\x12-\n\theartbeat\x18\x02 \x01(\x0b\x32\x18.hotweights.v1.HeartbeatH\x00\x12\'\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x15.hotweights.v1.AnswerH\x00\x12\'\n\x06report\x18\x04 \x01(\x0b\x32\x15.hotweights.v1.ReportH\x00\x42\t\n\x07message\"n\n\x0fSessionResponse\x12)\n\x07welcome\x18\x01 \x01(\x0b\x32\x16.hotweights.v1.WelcomeH\x00\x12%\n\x05order\x18\x02 \x01(\x0b\x32\x14.hotweights.v1.OrderH\x00\x42\t\n\x07message\"\xc1\x01\n\x05Hello\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12\x12\n\nlast_epoch\x18\x03 \x01(\x04\x12\x15\n\rlast_revision\x18\x04 \x01(\x04\x12*\n\x05\x61gent\x18\x05 \x01(\x0b\x32\x19.hotweights.v1.AgentHelloH\x00\x12.\n\x07replica\x18\x06 \x01(\x0b\x32\x1b.hotweights.v1.ReplicaHelloH\x00\x42\x08\n\x06member\"\x91\x01\n\nAgentHello\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x15\n\rdata_endpoint\x18\x02 \x01(\t\x12\x14\n\x0cheld_digests\x18\x03 \x03(\x0c\x12\x18\n\x10stage_bytes_used\x18\x04 \x01(\x04\x12\x18\n\x10stage_bytes_free\x18\x05 \x01(\x04\x12\x11\n\ttoken_key\x18\x06 \x01(\x0c\"\x82\x02\n\x0cReplicaHello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12*\n\x06policy\x18\x03 \x01(\x0e\x32\x1a.hotweights.v1.ModelPolicy\x12\x15\n\ractive_digest\x18\x04 \x01(\x0c\x12\"\n\x05ranks\x18\x05 \x03(\x0b\x32\x13.hotweights.v1.Rank\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\x12\x13\n\x0bopen_window\x18\x07 \x01(\t\x12\x14\n\x0c\x66ingerprints\x18\x08 \x03(\x0c\x12\x13\n\x0bidentifying\x18\t \x01(\x08\x12\x18\n\x10\x66ingerprint_kind\x18\n \x01(\t\"\x87\x01\n\x07Welcome\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08revision\x18\x04 \x01(\x04\x12\r\n\x05model\x18\x05 \x01(\t\x12\x13\n\x0bheartbeat_s\x18\x06 \x01(\x01\x12\x0f\n\x07lease_s\x18\x07 \x01(\x01\"\"\n\tHeartbeat\x12\x15\n\rlast_revision\x18\x01 \x01(\x04\"Z\n\x06\x41nswer\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05nonce\x18\x02 \x01(\x04\x12\x0f\n\x07refusal\x18\x03 \x01(\t\x12\x11\n\tupdate_id\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\"\xc2\x02\n\x05Order\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05nonce\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08revision\x18\x04 \x01(\x04\x12\x11\n\tupdate_id\x18\x05 \x01(\t\x12*\n\x05stage\x18\x06 \x01(\x0b\x32\x19.hotweights.v1.StageImageH\x00\x12+\n\x05unpin\x18\x07 \x01(\x0b\x32\x1a.hotweights.v1.UnpinImagesH\x00\x12.\n\x07prepare\x18\x08 \x01(\x0b\x32\x1b.hotweights.v1.PrepareImageH\x00\x12*\n\x05\x61pply\x18\t \x01(\x0b\x32\x19.hotweights.v1.ApplyImageH\x00\x12\'\n\x03\x65nd\x18\n \x01(\x0b\x32\x18.hotweights.v1.EndUpdateH\x00\x42\x08\n\x06\x61\x63tion\"a\n\nStageImage\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12&\n\x07sources\x18\x02 \x03(\x0b\x32\x15.hotweights.v1.Source\x12\x12\n\ndeadline_s\x18\x03 \x01(\x01\"?\n\x06Source\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x15\n\rdata_endpoint\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x0c\"%\n\x0bUnpinImages\x12\x16\n\x0epinned_digests\x18\x01 \x03(\x0c\"Q\n\x0cPrepareImage\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\x12\n\ndeadline_s\x18\x02 \x01(\x01\x12\x14\n\x0c\x63heck_finite\x18\x03 \x01(\x08\"\xd7\x01\n\nApplyImage\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\x08inflight\x18\x03 \x01(\x0e\x32\x17.hotweights.v1.Inflight\x12\x12\n\nvalidity_s\x18\x04 \x01(\x01\x12\x1a\n\x12quiesce_deadline_s\x18\x05 \x01(\x01\x12\x18\n\x10\x61pply_deadline_s\x18\x06 \x01(\x01\x12\x0f\n\x07restore\x18\x07 \x01(\x08\x12\x19\n\x11\x61sleep_deadline_s\x18\x08 \x01(\x01\"\x1e\n\tEndUpdate\x12\x11\n\tcommitted\x18\x01 \x01(\x08\"\xe7\x04\n\x06Report\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\tupdate_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x36\n\x0estage_progress\x18\x04 \x01(\x0b\x32\x1c.hotweights.v1.StageProgressH\x00\x12\'\n\x06staged\x18\x05 \x01(\x0b\x32\x15.hotweights.v1.StagedH\x00\x12\x32\n\x0cstage_failed\x18\x06 \x01(\x0b\x32\x1a.hotweights.v1.StageFailedH\x00\x12\x30\n\x0bimages_held\x18\x07 \x01(\x0b\x32\x19.hotweights.v1.ImagesHeldH\x00\x12+\n\x08prepared\x18\x08 \x01(\x0b\x32\x17.hotweights.v1.PreparedH\x00\x12\x36\n\x0eprepare_failed\x18\t \x01(\x0b\x32\x1c.hotweights.v1.PrepareFailedH\x00\x12)\n\x07\x61pplied\x18\n \x01(\x0b\x32\x16.hotweights.v1.AppliedH\x00\x12\x32\n\x0c\x61pply_failed\x18\x0b \x01(\x0b\x32\x1a.hotweights.v1.ApplyFailedH\x00\x12\x36\n\x0e\x61\x63tive_changed\x18\x0c \x01(\x0b\x32\x1c.hotweights.v1.ActiveChangedH\x00\x12+\n\x08\x64\x65\x66\x65rred\x18\r \x01(\x0b\x32\x17.hotweights.v1.DeferredH\x00\x12\x32\n\x0cpeer_refused\x18\x0e \x01(\x0b\x32\x1a.hotweights.v1.PeerRefusedH\x00\x42\x07\n\x05\x65vent\"Q\n\rStageProgress\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\x12\n\nbytes_done\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\"!\n\x06Staged\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\"6\n\x0bStageFailed\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t\"Q\n\nImagesHeld\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\x12\x18\n\x10stage_bytes_used\x18\x02 \x01(\x04\x12\x18\n\x10stage_bytes_free\x18\x03 \x01(\x04\"_\n\x08Prepared\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\x0c\x12%\n\x06routes\x18\x03 \x01(\x0b\x32\x15.hotweights.v1.Routes\"\x1f\n\rPrepareFailed\x12\x0e\n\x06reason\x18\x01 \x01(\t\"p\n\x07\x41pplied\x12\x15\n\ractive_digest\x18\x01 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x02 \x03(\x0c\x12*\n\x06window\x18\x03 \x01(\x0b\x32\x1a.hotweights.v1.WindowTimes\x12\x0c\n\x04note\x18\x04 \x01(\t\"\x1a\n\x08\x44\x65\x66\x65rred\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x8e\x01\n\x0b\x41pplyFailed\x12,\n\x07\x66\x61ilure\x18\x01 \x01(\x0e\x32\x1b.hotweights.v1.ApplyFailure\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x15\n\ractive_digest\x18\x03 \x01(\x0c\x12*\n\x06window\x18\x04 \x01(\x0b\x32\x1a.hotweights.v1.WindowTimes\"J\n\rActiveChanged\x12\x15\n\ractive_digest\x18\x01 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x02 \x03(\x0c\x12\x0c\n\x04note\x18\x03 \x01(\t\"6\n\x0bPeerRefused\x12\'\n\x07refusal\x18\x01 \x01(\x0b\x32\x16.hotweights.v1.Refusal*z\n\x0c\x41pplyFailure\x12\x1d\n\x19\x41PPLY_FAILURE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41PPLY_FAILURE_EXPIRED\x10\x01\x12\x18\n\x14\x41PPLY_FAILURE_UNDONE\x10\x02\x12\x16\n\x12\x41PPLY_FAILURE_TORN\x10\x03\x32]\n\rWorkerService\x12L\n\x07Session\x12\x1d.hotweights.v1.SessionRequest\x1a\x1e.hotweights.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"hotweights/v1/worker_service.proto\x12\rhotweights.v1\x1a\x19hotweights/v1/fleet.proto\x1a\x19hotweights/v1/model.proto\x1a\x1ahotweights/v1/update.proto\"\xc3\x01\n\x0eSessionRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.hotweights.v1.HelloH\x00\x12-\n\theartbeat\x18\x02 \x01(\x0b\x32\x18.hotweights.v1.HeartbeatH\x00\x12\'\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x15.hotweights.v1.AnswerH\x00\x12\'\n\x06report\x18\x04 \x01(\x0b\x32\x15.hotweights.v1.ReportH\x00\x42\t\n\x07message\"n\n\x0fSessionResponse\x12)\n\x07welcome\x18\x01 \x01(\x0b\x32\x16.hotweights.v1.WelcomeH\x00\x12%\n\x05order\x18\x02 \x01(\x0b\x32\x14.hotweights.v1.OrderH\x00\x42\t\n\x07message\"\xc1\x01\n\x05Hello\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12\x12\n\nlast_epoch\x18\x03 \x01(\x04\x12\x15\n\rlast_revision\x18\x04 \x01(\x04\x12*\n\x05\x61gent\x18\x05 \x01(\x0b\x32\x19.hotweights.v1.AgentHelloH\x00\x12.\n\x07replica\x18\x06 \x01(\x0b\x32\x1b.hotweights.v1.ReplicaHelloH\x00\x42\x08\n\x06member\"\x91\x01\n\nAgentHello\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x15\n\rdata_endpoint\x18\x02 \x01(\t\x12\x14\n\x0cheld_digests\x18\x03 \x03(\x0c\x12\x18\n\x10stage_bytes_used\x18\x04 \x01(\x04\x12\x18\n\x10stage_bytes_free\x18\x05 \x01(\x04\x12\x11\n\ttoken_key\x18\x06 \x01(\x0c\"\x82\x02\n\x0cReplicaHello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12*\n\x06policy\x18\x03 \x01(\x0e\x32\x1a.hotweights.v1.ModelPolicy\x12\x15\n\ractive_digest\x18\x04 \x01(\x0c\x12\"\n\x05ranks\x18\x05 \x03(\x0b\x32\x13.hotweights.v1.Rank\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\x12\x13\n\x0bopen_window\x18\x07 \x01(\t\x12\x14\n\x0c\x66ingerprints\x18\x08 \x03(\x0c\x12\x13\n\x0bidentifying\x18\t \x01(\x08\x12\x18\n\x10\x66ingerprint_kind\x18\n \x01(\t\"\x87\x01\n\x07Welcome\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08revision\x18\x04 \x01(\x04\x12\r\n\x05model\x18\x05 \x01(\t\x12\x13\n\x0bheartbeat_s\x18\x06 \x01(\x01\x12\x0f\n\x07lease_s\x18\x07 \x01(\x01\"\"\n\tHeartbeat\x12\x15\n\rlast_revision\x18\x01 \x01(\x04\"Z\n\x06\x41nswer\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05nonce\x18\x02 \x01(\x04\x12\x0f\n\x07refusal\x18\x03 \x01(\t\x12\x11\n\tupdate_id\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\"\xc2\x02\n\x05Order\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05nonce\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08revision\x18\x04 \x01(\x04\x12\x11\n\tupdate_id\x18\x05 \x01(\t\x12*\n\x05stage\x18\x06 \x01(\x0b\x32\x19.hotweights.v1.StageImageH\x00\x12+\n\x05unpin\x18\x07 \x01(\x0b\x32\x1a.hotweights.v1.UnpinImagesH\x00\x12.\n\x07prepare\x18\x08 \x01(\x0b\x32\x1b.hotweights.v1.PrepareImageH\x00\x12*\n\x05\x61pply\x18\t \x01(\x0b\x32\x19.hotweights.v1.ApplyImageH\x00\x12\'\n\x03\x65nd\x18\n \x01(\x0b\x32\x18.hotweights.v1.EndUpdateH\x00\x42\x08\n\x06\x61\x63tion\"a\n\nStageImage\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12&\n\x07sources\x18\x02 \x03(\x0b\x32\x15.hotweights.v1.Source\x12\x12\n\ndeadline_s\x18\x03 \x01(\x01\"P\n\x06Source\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x15\n\rdata_endpoint\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x0f\n\x07staging\x18\x04 \x01(\x08\"%\n\x0bUnpinImages\x12\x16\n\x0epinned_digests\x18\x01 \x03(\x0c\"Q\n\x0cPrepareImage\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\x12\n\ndeadline_s\x18\x02 \x01(\x01\x12\x14\n\x0c\x63heck_finite\x18\x03 \x01(\x08\"\xd7\x01\n\nApplyImage\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\x08inflight\x18\x03 \x01(\x0e\x32\x17.hotweights.v1.Inflight\x12\x12\n\nvalidity_s\x18\x04 \x01(\x01\x12\x1a\n\x12quiesce_deadline_s\x18\x05 \x01(\x01\x12\x18\n\x10\x61pply_deadline_s\x18\x06 \x01(\x01\x12\x0f\n\x07restore\x18\x07 \x01(\x08\x12\x19\n\x11\x61sleep_deadline_s\x18\x08 \x01(\x01\"\x1e\n\tEndUpdate\x12\x11\n\tcommitted\x18\x01 \x01(\x08\"\xe7\x04\n\x06Report\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\tupdate_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x36\n\x0estage_progress\x18\x04 \x01(\x0b\x32\x1c.hotweights.v1.StageProgressH\x00\x12\'\n\x06staged\x18\x05 \x01(\x0b\x32\x15.hotweights.v1.StagedH\x00\x12\x32\n\x0cstage_failed\x18\x06 \x01(\x0b\x32\x1a.hotweights.v1.StageFailedH\x00\x12\x30\n\x0bimages_held\x18\x07 \x01(\x0b\x32\x19.hotweights.v1.ImagesHeldH\x00\x12+\n\x08prepared\x18\x08 \x01(\x0b\x32\x17.hotweights.v1.PreparedH\x00\x12\x36\n\x0eprepare_failed\x18\t \x01(\x0b\x32\x1c.hotweights.v1.PrepareFailedH\x00\x12)\n\x07\x61pplied\x18\n \x01(\x0b\x32\x16.hotweights.v1.AppliedH\x00\x12\x32\n\x0c\x61pply_failed\x18\x0b \x01(\x0b\x32\x1a.hotweights.v1.ApplyFailedH\x00\x12\x36\n\x0e\x61\x63tive_changed\x18\x0c \x01(\x0b\x32\x1c.hotweights.v1.ActiveChangedH\x00\x12+\n\x08\x64\x65\x66\x65rred\x18\r \x01(\x0b\x32\x17.hotweights.v1.DeferredH\x00\x12\x32\n\x0cpeer_refused\x18\x0e \x01(\x0b\x32\x1a.hotweights.v1.PeerRefusedH\x00\x42\x07\n\x05\x65vent\"Q\n\rStageProgress\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\x12\n\nbytes_done\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\"!\n\x06Staged\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\"6\n\x0bStageFailed\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t\"Q\n\nImagesHeld\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\x12\x18\n\x10stage_bytes_used\x18\x02 \x01(\x04\x12\x18\n\x10stage_bytes_free\x18\x03 \x01(\x04\"_\n\x08Prepared\x12\x17\n\x0fmanifest_digest\x18\x01 \x01(\x0c\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\x0c\x12%\n\x06routes\x18\x03 \x01(\x0b\x32\x15.hotweights.v1.Routes\"\x1f\n\rPrepareFailed\x12\x0e\n\x06reason\x18\x01 \x01(\t\"p\n\x07\x41pplied\x12\x15\n\ractive_digest\x18\x01 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x02 \x03(\x0c\x12*\n\x06window\x18\x03 \x01(\x0b\x32\x1a.hotweights.v1.WindowTimes\x12\x0c\n\x04note\x18\x04 \x01(\t\"\x1a\n\x08\x44\x65\x66\x65rred\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x8e\x01\n\x0b\x41pplyFailed\x12,\n\x07\x66\x61ilure\x18\x01 \x01(\x0e\x32\x1b.hotweights.v1.ApplyFailure\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x15\n\ractive_digest\x18\x03 \x01(\x0c\x12*\n\x06window\x18\x04 \x01(\x0b\x32\x1a.hotweights.v1.WindowTimes\"J\n\rActiveChanged\x12\x15\n\ractive_digest\x18\x01 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x02 \x03(\x0c\x12\x0c\n\x04note\x18\x03 \x01(\t\"6\n\x0bPeerRefused\x12\'\n\x07refusal\x18\x01 \x01(\x0b\x32\x16.hotweights.v1.Refusal*z\n\x0c\x41pplyFailure\x12\x1d\n\x19\x41PPLY_FAILURE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41PPLY_FAILURE_EXPIRED\x10\x01\x12\x18\n\x14\x41PPLY_FAILURE_UNDONE\x10\x02\x12\x16\n\x12\x41PPLY_FAILURE_TORN\x10\x03\x32]\n\rWorkerService\x12L\n\x07Session\x12\x1d.hotweights.v1.SessionRequest\x1a\x1e.hotweights.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hotweights.v1.worker_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_APPLYFAILURE']._serialized_start=3601
-  _globals['_APPLYFAILURE']._serialized_end=3723
+  _globals['_APPLYFAILURE']._serialized_start=3618
+  _globals['_APPLYFAILURE']._serialized_end=3740
   _globals['_SESSIONREQUEST']._serialized_start=136
   _globals['_SESSIONREQUEST']._serialized_end=331
   _globals['_SESSIONRESPONSE']._serialized_start=333
@@ -57,39 +57,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STAGEIMAGE']._serialized_start=1641
   _globals['_STAGEIMAGE']._serialized_end=1738
   _globals['_SOURCE']._serialized_start=1740
-  _globals['_SOURCE']._serialized_end=1803
-  _globals['_UNPINIMAGES']._serialized_start=1805
-  _globals['_UNPINIMAGES']._serialized_end=1842
-  _globals['_PREPAREIMAGE']._serialized_start=1844
-  _globals['_PREPAREIMAGE']._serialized_end=1925
-  _globals['_APPLYIMAGE']._serialized_start=1928
-  _globals['_APPLYIMAGE']._serialized_end=2143
-  _globals['_ENDUPDATE']._serialized_start=2145
-  _globals['_ENDUPDATE']._serialized_end=2175
-  _globals['_REPORT']._serialized_start=2178
-  _globals['_REPORT']._serialized_end=2793
-  _globals['_STAGEPROGRESS']._serialized_start=2795
-  _globals['_STAGEPROGRESS']._serialized_end=2876
-  _globals['_STAGED']._serialized_start=2878
-  _globals['_STAGED']._serialized_end=2911
-  _globals['_STAGEFAILED']._serialized_start=2913
-  _globals['_STAGEFAILED']._serialized_end=2967
-  _globals['_IMAGESHELD']._serialized_start=2969
-  _globals['_IMAGESHELD']._serialized_end=3050
-  _globals['_PREPARED']._serialized_start=3052
-  _globals['_PREPARED']._serialized_end=3147
-  _globals['_PREPAREFAILED']._serialized_start=3149
-  _globals['_PREPAREFAILED']._serialized_end=3180
-  _globals['_APPLIED']._serialized_start=3182
-  _globals['_APPLIED']._serialized_end=3294
-  _globals['_DEFERRED']._serialized_start=3296
-  _globals['_DEFERRED']._serialized_end=3322
-  _globals['_APPLYFAILED']._serialized_start=3325
-  _globals['_APPLYFAILED']._serialized_end=3467
-  _globals['_ACTIVECHANGED']._serialized_start=3469
-  _globals['_ACTIVECHANGED']._serialized_end=3543
-  _globals['_PEERREFUSED']._serialized_start=3545
-  _globals['_PEERREFUSED']._serialized_end=3599
-  _globals['_WORKERSERVICE']._serialized_start=3725
-  _globals['_WORKERSERVICE']._serialized_end=3818
+  _globals['_SOURCE']._serialized_end=1820
+  _globals['_UNPINIMAGES']._serialized_start=1822
+  _globals['_UNPINIMAGES']._serialized_end=1859
+  _globals['_PREPAREIMAGE']._serialized_start=1861
+  _globals['_PREPAREIMAGE']._serialized_end=1942
+  _globals['_APPLYIMAGE']._serialized_start=1945
+  _globals['_APPLYIMAGE']._serialized_end=2160
+  _globals['_ENDUPDATE']._serialized_start=2162
+  _globals['_ENDUPDATE']._serialized_end=2192
+  _globals['_REPORT']._serialized_start=2195
+  _globals['_REPORT']._serialized_end=2810
+  _globals['_STAGEPROGRESS']._serialized_start=2812
+  _globals['_STAGEPROGRESS']._serialized_end=2893
+  _globals['_STAGED']._serialized_start=2895
+  _globals['_STAGED']._serialized_end=2928
+  _globals['_STAGEFAILED']._serialized_start=2930
+  _globals['_STAGEFAILED']._serialized_end=2984
+  _globals['_IMAGESHELD']._serialized_start=2986
+  _globals['_IMAGESHELD']._serialized_end=3067
+  _globals['_PREPARED']._serialized_start=3069
+  _globals['_PREPARED']._serialized_end=3164
+  _globals['_PREPAREFAILED']._serialized_start=3166
+  _globals['_PREPAREFAILED']._serialized_end=3197
+  _globals['_APPLIED']._serialized_start=3199
+  _globals['_APPLIED']._serialized_end=3311
+  _globals['_DEFERRED']._serialized_start=3313
+  _globals['_DEFERRED']._serialized_end=3339
+  _globals['_APPLYFAILED']._serialized_start=3342
+  _globals['_APPLYFAILED']._serialized_end=3484
+  _globals['_ACTIVECHANGED']._serialized_start=3486
+  _globals['_ACTIVECHANGED']._serialized_end=3560
+  _globals['_PEERREFUSED']._serialized_start=3562
+  _globals['_PEERREFUSED']._serialized_end=3616
+  _globals['_WORKERSERVICE']._serialized_start=3742
+  _globals['_WORKERSERVICE']._serialized_end=3835
 # @@protoc_insertion_point(module_scope)

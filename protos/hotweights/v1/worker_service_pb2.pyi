@@ -169,14 +169,16 @@ class StageImage(_message.Message):
     def __init__(self, manifest_digest: _Optional[bytes] = ..., sources: _Optional[_Iterable[_Union[Source, _Mapping]]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class Source(_message.Message):
-    __slots__ = ("node_id", "data_endpoint", "token")
+    __slots__ = ("node_id", "data_endpoint", "token", "staging")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     DATA_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    STAGING_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     data_endpoint: str
     token: bytes
-    def __init__(self, node_id: _Optional[str] = ..., data_endpoint: _Optional[str] = ..., token: _Optional[bytes] = ...) -> None: ...
+    staging: bool
+    def __init__(self, node_id: _Optional[str] = ..., data_endpoint: _Optional[str] = ..., token: _Optional[bytes] = ..., staging: bool = ...) -> None: ...
 
 class UnpinImages(_message.Message):
     __slots__ = ("pinned_digests",)

@@ -102,12 +102,16 @@ class SmallCoordinator(
         self._orders[node].put_nowait(worker_service_pb2.Order(number=number, nonce=number, epoch=1, **action))
         return number
 
-    def stage(self, node: str, digest: bytes, *sources: str, deadline_s: float = 30.0) -> int:
+    def stage(
+        self, node: str, digest: bytes, *sources: str, deadline_s: float = 30.0, staging: str | None = None
+    ) -> int:
+        """`staging` is the source that gets the image itself."""
         stage = worker_service_pb2.StageImage(manifest_digest=digest, deadline_s=deadline_s)
         for name in sources:
             hello = self.hellos[name]
             token = make_token(hello.token_key, digest, node, name, int(time.time()) + 60)
-            stage.sources.add(node_id=name, data_endpoint=hello.data_endpoint, token=token)
+            endpoint = hello.data_endpoint
+            stage.sources.add(node_id=name, data_endpoint=endpoint, token=token, staging=name == staging)
         return self.order(node, stage=stage)
 
     async def outcome(self, node: str, number: int) -> worker_service_pb2.Report:
@@ -119,6 +123,11 @@ class SmallCoordinator(
 
         await until(lambda: bool(ended()), f"order {number} ended")
         return ended()[0]
+
+    def progress(self, node: str, number: int) -> int:
+        """Bytes that the node has of what an order is about, as it says."""
+        said = [report for report in self.reports[node] if report.number == number]
+        return max((report.stage_progress.bytes_done for report in said), default=0)
 
     async def hears(self, *nodes: str) -> None:
         await until(lambda: all(node in self.hellos for node in nodes), f"{nodes} said hello")

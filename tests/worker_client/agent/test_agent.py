@@ -137,6 +137,47 @@ async def test_a_published_version_is_fetched_by_another_node_and_both_hold_it(
         assert shown == [("m", "v1", str(folder))]
 
 
+async def test_a_node_passes_on_what_it_has_while_the_rest_still_comes(
+    home: Path, coordinator: SmallCoordinator
+) -> None:
+    """The last of three, which is ordered first, has nobody else to ask than the one before it."""
+    folder = make_folder(home / "v1", tensor_bytes=400_000)
+    slow = a_config(home, "a", coordinator.endpoint, HOTWEIGHTS_BANDWIDTH_MAX="1MB")
+    async with (
+        agent_of(slow) as source,
+        agent_of(a_config(home, "b", coordinator.endpoint)) as second,
+        agent_of(a_config(home, "c", coordinator.endpoint)) as third,
+    ):
+        digest = (await source.publish_folder(folder, "m", "v1")).manifest_digest
+        await coordinator.hears("a", "b", "c")
+        last = coordinator.stage("c", digest, "b", staging="b")
+        first = coordinator.stage("b", digest, "a")
+        await until(lambda: coordinator.progress("c", last) > 0, "the last has some of it")
+        assert digest not in coordinator.held["b"]
+        reports = [await coordinator.outcome("b", first), await coordinator.outcome("c", last)]
+        assert [report.staged.manifest_digest for report in reports] == [digest, digest]
+        for reader in (second, third):
+            assert contents(await reader.map_image(digest, "replica-0")) == contents(folder)
+
+
+async def test_a_node_whose_predecessor_dies_goes_on_with_the_one_before(
+    home: Path, coordinator: SmallCoordinator
+) -> None:
+    folder = make_folder(home / "v1", tensor_bytes=400_000)
+    slow = a_config(home, "a", coordinator.endpoint, HOTWEIGHTS_BANDWIDTH_MAX="1MB")
+    async with agent_of(slow) as source, agent_of(a_config(home, "c", coordinator.endpoint)) as reader:
+        async with agent_of(a_config(home, "b", coordinator.endpoint)) as dies:
+            digest = (await source.publish_folder(folder, "m", "v1")).manifest_digest
+            await coordinator.hears("a", "b", "c")
+            coordinator.stage("b", digest, "a")
+            last = coordinator.stage("c", digest, "b", "a", staging="b")
+            await until(lambda: coordinator.progress("c", last) > 0, "it has some of it")
+            assert not (await dies.status()).images
+        report = await coordinator.outcome("c", last)
+        assert report.staged.manifest_digest == digest
+        assert contents(await reader.map_image(digest, "replica-0")) == contents(folder)
+
+
 async def test_a_token_of_another_reader_image_or_key_opens_nothing(home: Path, coordinator: SmallCoordinator) -> None:
     one, two = make_folder(home / "v1"), make_folder(home / "v2", seed=2)
     async with (

@@ -32,6 +32,7 @@ from hotweights.worker_client.image import (
     read_stamp,
 )
 from hotweights.worker_client.image.folder import INDEX
+from hotweights.worker_client.image.manifest import _bucket_bytes
 
 BUCKET = 4096
 
@@ -216,6 +217,20 @@ def test_a_bad_file_of_the_cache_is_named_as_the_model_names_it(tmp_path: Path) 
     write_raw((snapshot / "model.safetensors").resolve(), {"a": entry("F32", [1], 0, 4)}, b"123")
     with pytest.raises(BadImage, match=r"^model.safetensors: tensor 'a': truncated"):
         build_manifest(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("image_bytes", "bucket_bytes"),
+    [(0, 512 << 10), (256 << 20, 512 << 10), ((256 << 20) + 1, 1 << 20), (2 << 30, 4 << 20), (1 << 40, 16 << 20)],
+)
+def test_buckets_are_about_a_five_hundredth_of_the_image(
+    image_bytes: int, bucket_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _bucket_bytes(image_bytes) == bucket_bytes
+    folder = make_folder(tmp_path / "model")
+    assert build_manifest(folder).manifest.bucket_bytes == 512 << 10
+    monkeypatch.setattr("hotweights.worker_client.image.manifest.SMALLEST_BUCKET_BYTES", 1024)
+    assert build_manifest(folder).manifest.bucket_bytes == 1024
 
 
 @pytest.mark.parametrize("bucket_bytes", [0, 1023, (1 << 30) + 1])

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from tests.worker_client.stage.checkpoints import contents, make_image
 
+from hotweights.transports import base
 from hotweights.transports.base import Connection, Server
-from hotweights.transports.errors import NotHeld, PeerGone
+from hotweights.transports.errors import NotHeld, NotYet, PeerGone
 from hotweights.transports.tcp import TcpTransport
 from hotweights.v1.worker_service_pb2 import Source
 from hotweights.worker_client.image.manifest import Image
@@ -24,23 +25,43 @@ from hotweights.worker_client.stage.stage import Stage
 
 @dataclass
 class Node:
-    """A source with faults to order. Keys of `wrong_times` are (file, offset)."""
+    """A source with faults to order. Keys of `wrong_times` are (file, offset).
+
+    Where `there` is given it is staging the image itself, and has so many buckets from the first.
+    """
 
     image: Image
     wrong_times: Counter[tuple[int, int]] = field(default_factory=Counter)
     holds: bool = True
     asked: Counter[tuple[int, int]] = field(default_factory=Counter)
     server: Server | None = None
+    there: int | None = None
+    more: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def at_hand(self, image: bytes, file: int, offset: int, size: int) -> memoryview | None:
+        return None
 
     def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
         self.asked[file, offset] += 1
         if not self.holds or image != self.image.digest:
             raise NotHeld(image, file, offset, size)
+        buckets = self.image.manifest.buckets
+        index = next(at for at, bucket in enumerate(buckets) if (bucket.file, bucket.offset) == (file, offset))
+        if self.there is not None and index >= self.there:
+            raise NotYet(image, sum(bucket.size_bytes for bucket in buckets[: self.there]))
         data = bytearray(BucketReader().read_range(self.image, file, offset, size))
         if self.wrong_times[file, offset] > 0:
             self.wrong_times[file, offset] -= 1
             data[len(data) // 2] ^= 1
         return memoryview(data)
+
+    async def until_more(self, image: bytes) -> None:
+        await self.more.wait()
+
+    def come(self, there: int) -> None:
+        self.there = there
+        self.more.set()
+        self.more = asyncio.Event()
 
     async def serve(self) -> None:
         self.server = await TcpTransport().serve(self, "127.0.0.1:0", check=lambda token, image: token == b"good")
@@ -64,7 +85,12 @@ async def nodes(image: Image) -> AsyncIterator[list[Node]]:
 
 def sources(nodes: list[Node], token: bytes = b"good") -> list[Source]:
     return [
-        Source(node_id=f"node-{number}", data_endpoint=node.server.address, token=token)
+        Source(
+            node_id=f"node-{number}",
+            data_endpoint=node.server.address,
+            token=token,
+            staging=node.there is not None or not node.holds,
+        )
         for number, node in enumerate(nodes)
         if node.server is not None
     ]
@@ -133,12 +159,59 @@ async def test_a_source_that_is_away_is_passed_over(image: Image, nodes: list[No
 async def test_a_source_without_the_image_or_that_refuses_the_token_is_not_asked_again_and_again(
     nodes: list[Node], partial: Partial
 ) -> None:
+    wanted = sources(nodes[:1])
     nodes[0].holds = False
-    wanted = [*sources(nodes[:1]), *sources(nodes, token=b"bad")[1:]]
+    wanted = [*wanted, *sources(nodes, token=b"bad")[1:]]
     with pytest.raises(SourcesFailed, match=r"node-0.*not held.*node-1.*token"):
         await Fetch(partial, wanted, connect, no_progress).run()
     assert sum(nodes[0].asked.values()) <= fetch.PARALLEL
     assert not nodes[1].asked
+
+
+async def test_a_source_that_is_getting_the_image_is_waited_for_while_more_of_it_comes(
+    image: Image, nodes: list[Node], partial: Partial
+) -> None:
+    nodes[0].there = 0
+    fetching = asyncio.ensure_future(Fetch(partial, sources(nodes), connect, no_progress).run())
+    for there in range(1, len(image.manifest.buckets) + 1):
+        await asyncio.sleep(0.02)
+        nodes[0].come(there)
+    await asyncio.wait_for(fetching, 10)
+    assert contents(partial.folder) == contents(image.folder)
+    assert not nodes[1].asked  # who has all of it is left in peace
+
+
+async def test_a_source_that_has_not_begun_is_waited_for(image: Image, nodes: list[Node], partial: Partial) -> None:
+    nodes[0].holds = False
+    fetching = asyncio.ensure_future(Fetch(partial, sources(nodes), connect, no_progress).run())
+    await asyncio.sleep(0.3)
+    assert not fetching.done()
+    nodes[0].holds = True
+    await asyncio.wait_for(fetching, 10)
+    assert not nodes[1].asked
+
+
+async def test_a_source_that_gets_no_more_is_left_for_the_next(
+    image: Image, nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "STALL_S", 0.2)
+    monkeypatch.setattr(base, "WAIT_S", 0.05)
+    nodes[0].there = 3
+    await asyncio.wait_for(Fetch(partial, sources(nodes), connect, no_progress).run(), 10)
+    assert contents(partial.folder) == contents(image.folder)
+    assert {at for at, count in nodes[1].asked.items() if count} == {
+        (bucket.file, bucket.offset) for bucket in image.manifest.buckets[3:]
+    }
+
+
+async def test_a_source_that_sends_wrong_bytes_is_left_for_good(
+    image: Image, nodes: list[Node], partial: Partial
+) -> None:
+    for bucket in image.manifest.buckets[::2]:
+        nodes[0].wrong_times[bucket.file, bucket.offset] = 1
+    await Fetch(partial, sources(nodes), connect, no_progress).run()
+    assert contents(partial.folder) == contents(image.folder)
+    assert sum(nodes[0].asked.values()) <= 2 * fetch.WRONG_MAX + fetch.PARALLEL
 
 
 async def test_no_source_at_all_is_an_error(partial: Partial) -> None:

@@ -9,8 +9,8 @@ What is promised, and proven by tests/transports/test_conformance.py:
 
 - `read_into` returns when all bytes are in place, and raises otherwise. After an error, a deadline
   or a cancellation, nothing writes to that memory any more; how much of it was written is unknown.
-- A read that is refused with NotHeld leaves the connection usable, and so does one that ends while
-  it waits for its turn. Any other error, a deadline and a cancellation in the middle of a read
+- A read that is refused with NotHeld or NotYet leaves the connection usable, and so does one that
+  ends while it waits for its turn. Any other error, a deadline and a cancellation in the middle of a read
   close it: it is between two frames no longer. TokenRefused does so too: a source keeps no place
   for who may not read.
 - Nothing is verified here. Who reads compares digests.
@@ -19,22 +19,34 @@ What is promised, and proven by tests/transports/test_conformance.py:
 import asyncio
 from typing import Protocol
 
-from hotweights.transports.errors import NotHeld
+from hotweights.transports.errors import NotHeld, NotYet
 
 # The largest range one read may ask for: sources may have to hold it in memory.
 RANGE_BYTES_MAX = 1 << 30
 IMAGE_BYTES = 32
 TOKEN_BYTES_MAX = 512
+# A source lets a reader wait so long for what is on its way: silence for longer is no answer.
+WAIT_S = 1.0
 
 
 class BucketSource(Protocol):
     """What a server serves from."""
+
+    def at_hand(self, image: bytes, file: int, offset: int, size: int) -> memoryview | None:
+        """As `open`, for what is in memory: called on the event loop, must not block. None where it may: open it."""
 
     def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
         """The bytes of a range of an image's file, to be read until the server releases the view.
 
         Called in a thread: it may block on a disk. `image` is a digest, `file` an index, both as
         the reader gave them; the range is not checked. Raises NotHeld; an OSError counts as that.
+        NotYet for what is on its way here.
+        """
+
+    async def until_more(self, image: bytes) -> None:
+        """Returns when more of an image has come than there was, or when it will come no more.
+
+        Called on the event loop after `open` raised NotYet; the server waits WAIT_S at most, then tells the reader.
         """
 
 
@@ -63,7 +75,7 @@ class Connection(Protocol):
         """Fills `into` (writable, contiguous bytes) with the range that starts at `offset`.
 
         `deadline_s` counts from the call, waiting for other reads of this connection included.
-        Raises NotHeld, TokenRefused, PeerGone, DeadlinePassed.
+        Raises NotHeld, NotYet, TokenRefused, PeerGone, DeadlinePassed.
         """
 
     async def close(self) -> None:
@@ -103,10 +115,32 @@ def check_token(token: bytes) -> None:
         raise ValueError(f"a token of {len(token)} bytes; at most {TOKEN_BYTES_MAX} are possible")
 
 
-async def open_in_thread(source: BucketSource, image: bytes, file: int, offset: int, size: int) -> memoryview:
-    """The range as bytes, and all of it. Raises NotHeld."""
+async def open_or_wait(source: BucketSource, image: bytes, file: int, offset: int, size: int) -> memoryview:
+    """The range as bytes, once it is there. Raises NotHeld, and NotYet when that takes longer than WAIT_S."""
     try:
-        view = await asyncio.to_thread(source.open, image, file, offset, size)
+        return await _open(source, image, file, offset, size)
+    except NotYet:
+        ends = asyncio.get_running_loop().time() + WAIT_S
+    while True:
+        more = asyncio.ensure_future(source.until_more(image))  # from before the look: nothing is missed
+        try:
+            await asyncio.sleep(0)
+            return await _open(source, image, file, offset, size)
+        except NotYet:
+            left_s = ends - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                raise
+            await asyncio.wait([more], timeout=left_s)
+        finally:
+            more.cancel()
+
+
+async def _open(source: BucketSource, image: bytes, file: int, offset: int, size: int) -> memoryview:
+    """The range as bytes, and all of it: in a thread, unless it is at hand. Raises NotHeld, NotYet."""
+    try:
+        view = source.at_hand(image, file, offset, size)
+        if view is None:
+            view = await asyncio.to_thread(source.open, image, file, offset, size)
     except OSError as error:
         raise NotHeld(image, file, offset, size, f"cannot be read: {error}") from error
     given = view.nbytes

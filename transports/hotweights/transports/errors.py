@@ -45,6 +45,18 @@ class NotHeld(TransportError, LookupError):
         self.problem = problem
 
 
+class NotYet(TransportError):
+    """The range is on its way to the source. Ask again, or another source. Sources raise it themselves.
+
+    `held_bytes` is what the source has of the image: one of which it grows is worth waiting for.
+    """
+
+    def __init__(self, image: bytes, held_bytes: int) -> None:
+        super().__init__(f"not there yet: the source has {held_bytes} bytes of image {image.hex()[:16]}")
+        self.image = image
+        self.held_bytes = held_bytes
+
+
 class TokenRefused(TransportError):
     """The source does not accept the token for this image (any more). Ask the coordinator for another."""
 

@@ -7,7 +7,7 @@
                                  <----   DATA size, then that many bytes; or REFUSED why
     READ ...
 
-REFUSED ends the connection, unless it is that a range is not held.
+REFUSED ends the connection, unless it is that a range is not held, or not yet.
 
 Every frame is: length of the body (4 bytes, big endian), kind (1 byte), body. Only the bytes after
 DATA are longer than FRAME_BYTES_MAX, and their number was asked for.
@@ -55,6 +55,8 @@ class Why(IntEnum):
     BUSY = 3
     # In plaintext, to who speaks none where this side does, or the reverse.
     TLS = 4
+    # The text is how many bytes of the image there are.
+    NOT_YET = 5
 
 
 class Garbage(Exception):
@@ -133,6 +135,13 @@ def parse_refused(body: bytes) -> tuple[Why, str]:
         return Why(body[0]), body[1:].decode(errors="replace")
     except (IndexError, ValueError):
         raise Garbage("refused without a reason") from None
+
+
+def parse_held(text: str) -> int:
+    """How many bytes of the image a source has that refuses with NOT_YET. Raises Garbage."""
+    if not text.isascii() or not text.isdigit() or len(text) > len(str(1 << 64)):
+        raise Garbage("does not say how much it has")
+    return int(text)
 
 
 async def receive_frame(line: Line) -> tuple[Kind, bytes]:

@@ -8,7 +8,7 @@ import asyncio
 import itertools
 from dataclasses import dataclass, field
 
-from hotweights.transports.base import BucketSource, TokenCheck, check_range, check_token, open_in_thread
+from hotweights.transports.base import BucketSource, TokenCheck, check_range, check_token, open_or_wait
 from hotweights.transports.errors import DeadlinePassed, PeerGone, TokenRefused
 
 CHUNK_BYTES = 256 << 10
@@ -75,7 +75,7 @@ class MemoryConnection:
 
     async def _open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
         """Opens in a thread; the end of either side does not wait for it."""
-        opening = asyncio.ensure_future(open_in_thread(self._server.source, image, file, offset, size))
+        opening = asyncio.ensure_future(open_or_wait(self._server.source, image, file, offset, size))
         ends = [asyncio.ensure_future(event.wait()) for event in (self._closed, self._server.closed)]
         try:
             await asyncio.wait([opening, *ends], return_when=asyncio.FIRST_COMPLETED)

@@ -10,8 +10,9 @@ import socket
 from hotweights.transports import frames
 from hotweights.transports.address import format_address, parse_address
 from hotweights.transports.base import BucketSource, TokenCheck, check_range, check_token
-from hotweights.transports.errors import DeadlinePassed, NotHeld, PeerGone, TlsFailed, TokenRefused
+from hotweights.transports.errors import DeadlinePassed, NotHeld, NotYet, PeerGone, TlsFailed, TokenRefused
 from hotweights.transports.line import Line, NoTls, PlainLine, Tls, TlsLine
+from hotweights.transports.pace import Pace
 from hotweights.transports.tcp_server import Limits, TcpServer, Warn, log_all
 
 LISTEN = "127.0.0.1:0"
@@ -45,7 +46,7 @@ class TcpConnection:
                 kind, body = await frames.receive_frame(self._line)
                 if kind is frames.Kind.REFUSED:
                     refusal = self._refusal(body, image, file, offset, len(into))
-                    whole = isinstance(refusal, NotHeld)
+                    whole = isinstance(refusal, NotHeld | NotYet)
                     raise refusal
                 if frames.parse_data(kind, body) != len(into):
                     raise frames.Garbage("sends another number of bytes than were asked for")
@@ -66,6 +67,8 @@ class TcpConnection:
             return TokenRefused(self._address, image)
         if why is frames.Why.NOT_HELD:
             return NotHeld(image, file, offset, size, text)
+        if why is frames.Why.NOT_YET:
+            return NotYet(image, frames.parse_held(text))
         if why is frames.Why.BUSY:
             return PeerGone(self._address, "has too many readers")
         raise frames.Garbage("refuses the connection in the middle of it")
@@ -93,14 +96,21 @@ class TcpTransport:
 
     name = "tcp"
 
-    def __init__(self, limits: Limits | None = None, tls: Tls | None = None, warn: Warn = log_all) -> None:
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        tls: Tls | None = None,
+        warn: Warn = log_all,
+        pace: Pace | None = None,
+    ) -> None:
         """With `tls` everything is over TLS, and nothing in plaintext; without it, the reverse.
 
-        `warn` hears of what strangers do to servers: every time.
+        `warn` hears of what strangers do to servers: every time. `pace` limits what all servers send.
         """
         self._limits = limits or Limits()
         self._tls = tls
         self._warn = warn
+        self._pace = pace
 
     async def serve(
         self, source: BucketSource, listen: str = LISTEN, *, check: TokenCheck, advertise: str | None = None
@@ -121,7 +131,7 @@ class TcpTransport:
         except BaseException:
             listener.close()
             raise
-        return TcpServer(listener, address, source, check, self._limits, self._tls, self._warn)
+        return TcpServer(listener, address, source, check, self._limits, self._tls, self._warn, self._pace)
 
     async def connect(self, address: str, *, token: bytes, deadline_s: float) -> TcpConnection:
         check_token(token)

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from hotweights.transports import frames
-from hotweights.transports.base import BucketSource, TokenCheck, open_in_thread
-from hotweights.transports.errors import NotHeld
+from hotweights.transports.base import BucketSource, TokenCheck, open_or_wait
+from hotweights.transports.errors import NotHeld, NotYet
 from hotweights.transports.line import Line, NoTls, PlainLine, Tls, TlsLine
+from hotweights.transports.pace import Pace
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class TcpServer:
         limits: Limits,
         tls: Tls | None = None,
         warn: Warn = log_all,
+        pace: Pace | None = None,
     ) -> None:
         self.address = address
         self._listener = listener
@@ -84,6 +86,7 @@ class TcpServer:
         self._limits = limits
         self._tls = tls
         self._warn = warn
+        self._pace = pace or Pace()
         self._connections: dict[asyncio.Task[None], Peer] = {}  # oldest first
         self._closing = False
         self._accepting = asyncio.create_task(self._accept(), name=f"accept {address}")
@@ -205,14 +208,19 @@ class TcpServer:
 
     async def _serve_read(self, line: Line, wish: frames.Read) -> None:
         try:
-            view = await open_in_thread(self._source, wish.image, wish.file, wish.offset, wish.size)
+            view = await open_or_wait(self._source, wish.image, wish.file, wish.offset, wish.size)
         except NotHeld as problem:
             await self._send(line, memoryview(frames.refused(frames.Why.NOT_HELD, problem.problem)))
             return
+        except NotYet as problem:
+            await self._send(line, memoryview(frames.refused(frames.Why.NOT_YET, str(problem.held_bytes))))
+            return
         with view:
             await self._send(line, memoryview(frames.data(wish.size)))
-            for at in range(0, wish.size, SEND_BYTES):
-                with view[at : at + SEND_BYTES] as part:
+            piece = min(SEND_BYTES, self._pace.piece_bytes or SEND_BYTES)
+            for at in range(0, wish.size, piece):
+                with view[at : at + piece] as part:
+                    await self._pace.take(len(part))
                     await self._send(line, part)
 
     async def _send(self, line: Line, part: memoryview) -> None:

@@ -21,7 +21,15 @@ def add_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     parser.add_argument(
         "--max-images", type=count, metavar="N", help="images kept; more only while pinned (default: 2)"
     )
-    parser.add_argument("--bucket-bytes", type=count, metavar="N", help="size of a bucket (default: 16777216)")
+    parser.add_argument(
+        "--bucket-bytes",
+        type=count,
+        metavar="N",
+        help="size of a bucket (default: a five-hundredth of the image, up to 16 MiB)",
+    )
+    parser.add_argument(
+        "--bandwidth-max", metavar="RATE", help="send, and fetch, at most so many bytes a second: 200MB (default: all)"
+    )
     parser.add_argument("--auto", action="store_true", help="end when nobody has needed it for HOTWEIGHTS_AGENT_IDLE_S")
 
 
@@ -41,6 +49,7 @@ def agent(arguments: argparse.Namespace) -> int:
         advertise=arguments.advertise,
         max_images=arguments.max_images,
         bucket_bytes=arguments.bucket_bytes,
+        bandwidth_max=arguments.bandwidth_max,
     )
     if arguments.auto and arguments.endpoint is None and not _endpoint_is_set():
         config = dataclasses.replace(config, endpoint=None)

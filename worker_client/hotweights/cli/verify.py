@@ -62,7 +62,7 @@ async def _published(arguments: argparse.Namespace) -> tuple[str, bytes]:
         return f"{model} {version.name}", await coordinator.manifest(version.manifest_digest)
 
 
-def _hash(folder: "Path", bucket_bytes: int, include_code: bool, arguments: argparse.Namespace) -> "Image":
+def _hash(folder: "Path", bucket_bytes: "int | None", include_code: bool, arguments: argparse.Namespace) -> "Image":
     from hotweights.cli.progress import Bar
     from hotweights.worker_client.image import build_manifest
 

@@ -53,7 +53,8 @@ SETTINGS = (
     Setting("HOTWEIGHTS_AGENT_ALLOW", "", "who may use the agent beside its own user and root: UID,@GROUP,..."),
     Setting("HOTWEIGHTS_LISTEN", "127.0.0.1:0", "where the agent serves buckets to other nodes"),
     Setting("HOTWEIGHTS_ADVERTISE", "", "that address as other nodes see it"),
-    Setting("HOTWEIGHTS_BUCKET_BYTES", "16777216", "size of a bucket; 64 KiB to 1 GiB"),
+    Setting("HOTWEIGHTS_BUCKET_BYTES", "by the image", "size of a bucket; 64 KiB to 1 GiB"),
+    Setting("HOTWEIGHTS_BANDWIDTH_MAX", "", "bytes a second that an agent sends, and that it fetches: 200MB"),
     Setting("HOTWEIGHTS_MAX_IMAGES", "2", "images kept on a node; more only while pinned"),
     Setting("HOTWEIGHTS_AGENT_IDLE_S", "300", "after which an agent that was not started by hand ends"),
     Setting("HOTWEIGHTS_POLICY", "", "auto or manual: what an engine asks for its model"),
@@ -67,6 +68,8 @@ SETTINGS = (
 )
 
 _TRUE = {"1", "true", "yes", "on"}
+_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9}
+BANDWIDTH_MIN = 1e6  # a bucket of 16 MiB takes 17 s then; sources below a fifth of that are left
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class Config:
     agent_socket: Path
     listen: str
     advertise: str
-    bucket_bytes: int
+    bucket_bytes: int | None
+    bandwidth_max: float | None
     max_images: int
     agent_idle_s: float
     hf_cache: Path
@@ -124,7 +128,8 @@ class Config:
             "HOTWEIGHTS_AGENT_ALLOW": self.agent_allow,
             "HOTWEIGHTS_LISTEN": self.listen,
             "HOTWEIGHTS_ADVERTISE": self.advertise,
-            "HOTWEIGHTS_BUCKET_BYTES": str(self.bucket_bytes),
+            "HOTWEIGHTS_BUCKET_BYTES": "" if self.bucket_bytes is None else str(self.bucket_bytes),
+            "HOTWEIGHTS_BANDWIDTH_MAX": "" if self.bandwidth_max is None else f"{self.bandwidth_max:.0f}B",
             "HOTWEIGHTS_MAX_IMAGES": str(self.max_images),
             "HOTWEIGHTS_AGENT_IDLE_S": str(self.agent_idle_s),
             "HOTWEIGHTS_POLICY": self.policy,
@@ -189,6 +194,23 @@ def _policy(text: str) -> str:
     if text not in ("", "auto", "manual"):
         raise BadSetting("HOTWEIGHTS_POLICY", text, "takes auto or manual")
     return text
+
+
+def _bucket_bytes(environ: Mapping[str, str]) -> int | None:
+    """None: as build_manifest chooses."""
+    name = "HOTWEIGHTS_BUCKET_BYTES"
+    return _number(environ, name, 0, 64 << 10, 1 << 30) if environ.get(name) else None
+
+
+def _bandwidth(text: str) -> float | None:
+    """Bytes a second; None is no limit."""
+    if not text:
+        return None
+    parts = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?) ?([KMG]?)B(?:/s)?", text)
+    found = float(parts[1]) * _UNITS[parts[2]] if parts else 0.0
+    if found < BANDWIDTH_MIN:
+        raise BadSetting("HOTWEIGHTS_BANDWIDTH_MAX", text, "takes bytes a second, at least 1MB, for example 200MB")
+    return found
 
 
 def _route(text: str) -> str:
@@ -260,7 +282,8 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         agent_allow=_allow(env.get("HOTWEIGHTS_AGENT_ALLOW", "")),
         listen=env.get("HOTWEIGHTS_LISTEN") or "127.0.0.1:0",
         advertise=env.get("HOTWEIGHTS_ADVERTISE", ""),
-        bucket_bytes=_number(env, "HOTWEIGHTS_BUCKET_BYTES", 16 << 20, 64 << 10, 1 << 30),
+        bucket_bytes=_bucket_bytes(env),
+        bandwidth_max=_bandwidth(env.get("HOTWEIGHTS_BANDWIDTH_MAX", "").strip()),
         max_images=_number(env, "HOTWEIGHTS_MAX_IMAGES", 2, 1, 1000),
         agent_idle_s=_seconds(env, "HOTWEIGHTS_AGENT_IDLE_S", 300.0),
         hf_cache=_hf_cache(env),

@@ -43,8 +43,16 @@ class Agent:
         self.config = config
         self.stage = stage
         self.folders = Folders(stage.root / "served.json", config.bucket_bytes, self._holdings_changed)
-        self.data = DataPort(config.node, stage, self.folders, peer_tls(config))
-        self.images = Images(stage, self.folders, self._manifest_of, self._holdings_changed, self.data.connect)
+        self.data = DataPort(config.node, stage, self.folders, peer_tls(config), bandwidth_max=config.bandwidth_max)
+        self.images = Images(
+            stage,
+            self.folders,
+            self._manifest_of,
+            self._holdings_changed,
+            self.data.connect,
+            self.data.arrived,
+            bandwidth_max=config.bandwidth_max,
+        )
         self.coordinator: Coordinator | None = None
         self.session: Session | None = None
         self.used_at = time.monotonic()

@@ -1,6 +1,7 @@
 """The data port: buckets of this node for other agents, and the way to theirs.
 
-another agent --token, range--> tcp server --> staged image (mapped), else a folder (read, its stamps checked)
+another agent --token, range--> tcp server --> staged image (mapped), what is verified of one that comes,
+                                               else a folder (read, its stamps checked)
 
 Where this node has a certificate, both ways are over TLS (tcps://) and nothing of either is in plaintext.
 """
@@ -10,14 +11,17 @@ import logging
 import mmap
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable
 
 from hotweights.transports.address import parse_address
 from hotweights.transports.base import Connection, Server
-from hotweights.transports.errors import NotHeld, PeerGone, TlsFailed
+from hotweights.transports.errors import NotHeld, NotYet, PeerGone, TlsFailed
 from hotweights.transports.line import Tls
+from hotweights.transports.pace import Pace
 from hotweights.transports.registry import open_transport
+from hotweights.v1 import manifest_pb2
 from hotweights.v1.worker_service_pb2 import Source
 from hotweights.wire.allowance import Allowance, Rate
 from hotweights.wire.endpoint import Endpoint
@@ -25,7 +29,7 @@ from hotweights.wire.tokens import KEY_BYTES, BadToken, check_token
 from hotweights.worker_client.agent.folders import Folders
 from hotweights.worker_client.image.errors import FolderChanged
 from hotweights.worker_client.image.reader import BucketReader
-from hotweights.worker_client.stage.errors import NotStaged
+from hotweights.worker_client.stage.partial import Partial
 from hotweights.worker_client.stage.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -39,18 +43,31 @@ TRANSPORT, OVER_TLS = "tcp", "tcps"
 class DataPort:
     """Serves what the stage and the folders hold to who shows a token of ours."""
 
-    def __init__(self, node: str, stage: Stage, folders: Folders, tls: Tls | None = None) -> None:
+    def __init__(
+        self,
+        node: str,
+        stage: Stage,
+        folders: Folders,
+        tls: Tls | None = None,
+        *,
+        bandwidth_max: float | None = None,
+    ) -> None:
+        """`bandwidth_max` is in bytes a second, for what is sent."""
         self.token_key = secrets.token_bytes(KEY_BYTES)
         self.endpoint = ""
         self.served_at = time.monotonic()
         self._node = node
         self._tls = tls
+        self._pace = Pace(bandwidth_max)
         self._stage = stage
         self._folders = folders
         self._reader = BucketReader()
         self._server: Server | None = None
         self._allowance = Allowance(OF_ONE_HOST, OF_ALL_HOSTS)
         self._withdraw: Callable[[bytes, str], None] = lambda digest, why: None
+        self._arrivals: dict[bytes, asyncio.Future[None]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_thread = 0
 
     async def start(self, listen: str, advertise: str, *, tls_only: bool = False) -> None:
         """Raises OSError, and ValueError for an address that readers could not use.
@@ -67,13 +84,14 @@ class DataPort:
             log.warning("other machines reach %s, and what it serves travels in plaintext", listen)
         if not advertise and host in ("0.0.0.0", "::"):
             raise ValueError(f"HOTWEIGHTS_LISTEN={listen} is every address: say which one with HOTWEIGHTS_ADVERTISE")
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
 
         def withdraw(digest: bytes, why: str) -> None:
             loop.call_soon_threadsafe(self._folders.withdraw, digest, why)
 
         self._withdraw = withdraw
-        transport = open_transport(TRANSPORT, self._tls, self._warn)
+        transport = open_transport(TRANSPORT, self._tls, self._warn, self._pace)
         self._server = await transport.serve(self, listen, check=self._check, advertise=advertise or None)
         address = self._server.address
         scheme = TRANSPORT if self._tls is None else OVER_TLS
@@ -105,13 +123,16 @@ class DataPort:
             raise TlsFailed(address, "serves in plaintext, and this node has a certificate: give that node one too")
         return None
 
+    def at_hand(self, image: bytes, file: int, offset: int, size: int) -> memoryview | None:
+        """See BucketSource."""
+        self.served_at = time.monotonic()
+        if (manifest := self._stage.peek(image)) is not None:
+            return self._staged(manifest, image, file, offset, size)
+        partial = self._stage.filling(image) if self._folders.peek(image) is None else None
+        return None if partial is None else _coming(partial, image, file, offset, size)
+
     def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
         """See BucketSource. In a thread."""
-        self.served_at = time.monotonic()
-        try:
-            return self._staged(image, file, offset, size)
-        except NotStaged:
-            pass
         known = self._folders.peek(image)
         if known is None:
             raise NotHeld(image, file, offset, size)
@@ -123,12 +144,28 @@ class DataPort:
         except ValueError as error:
             raise NotHeld(image, file, offset, size, str(error)) from error
 
-    def _staged(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
-        files = self._stage.manifest(image).files
+    async def until_more(self, image: bytes) -> None:
+        """See BucketSource."""
+        arrival = self._arrivals.setdefault(image, asyncio.get_running_loop().create_future())
+        await asyncio.shield(arrival)
+
+    def arrived(self, image: bytes) -> None:
+        """More of an image is here, or nothing more will come. From any thread."""
+        if threading.get_ident() == self._loop_thread:
+            self._tell(image)
+        elif self._loop is not None:
+            self._loop.call_soon_threadsafe(self._tell, image)
+
+    def _tell(self, image: bytes) -> None:
+        if (arrival := self._arrivals.pop(image, None)) is not None:
+            arrival.set_result(None)
+
+    def _staged(self, manifest: manifest_pb2.Manifest, image: bytes, file: int, offset: int, size: int) -> memoryview:
+        files = manifest.files
         if not 0 <= file < len(files) or offset + size > files[file].size_bytes:
             raise NotHeld(image, file, offset, size, "there is no such range")
         try:
-            handle = os.open(self._stage.folder(image) / files[file].name, os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(self._stage.root / image.hex() / files[file].name, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:  # it went this instant
             raise NotHeld(image, file, offset, size, "it was given up") from error
         try:
@@ -150,3 +187,14 @@ class DataPort:
         if (passed_over := self._allowance.take(host)) is not None:
             more = f" ({passed_over} more were not logged since the last that was)" if passed_over else ""
             log.warning("%s%s", text, more)
+
+
+def _coming(partial: Partial, image: bytes, file: int, offset: int, size: int) -> memoryview:
+    """Of an image that is on its way here. Raises NotHeld, NotYet."""
+    try:
+        view = partial.held(file, offset, size)
+    except IndexError as error:
+        raise NotHeld(image, file, offset, size, str(error)) from error
+    if view is None:
+        raise NotYet(image, partial.bytes_done)
+    return view

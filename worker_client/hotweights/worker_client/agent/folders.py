@@ -51,7 +51,7 @@ class Known:
 class Folders:
     """Hashes folders once, remembers them, and forgets those that changed. Use from one event loop."""
 
-    def __init__(self, record: Path, bucket_bytes: int, changed: Callable[[], None]) -> None:
+    def __init__(self, record: Path, bucket_bytes: int | None, changed: Callable[[], None]) -> None:
         self._record = record
         self._bucket_bytes = bucket_bytes
         self._changed = changed

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from hotweights.transports.pace import Pace
 from hotweights.v1 import worker_service_pb2
 from hotweights.wire import failpoints
 from hotweights.worker_client.agent.folders import Folders
@@ -42,12 +43,21 @@ class Images:
         manifest_of: Callable[[bytes], Awaitable[bytes]],
         changed: Callable[[], None],
         open_source: Open,
+        arrived: Callable[[bytes], None] = lambda digest: None,
+        *,
+        bandwidth_max: float | None = None,
     ) -> None:
+        """`arrived` hears, in any thread, of each bucket of an image that came, and of its end.
+
+        `bandwidth_max` is in bytes a second, for what is fetched: of all images together.
+        """
         self.stage = stage
         self._folders = folders
         self._manifest_of = manifest_of
         self._changed = changed
         self._open_source = open_source
+        self._arrived = arrived
+        self._pace = Pace(bandwidth_max)
         self._staging: dict[bytes, _Staging] = {}
         self._to_verify: dict[bytes, Work[bool]] = {}
 
@@ -132,6 +142,7 @@ class Images:
         finally:
             for unfinished, _ in reserved:
                 self.stage.abandon(unfinished)
+            self._arrived(digest)
             self._changed()
 
     async def _find_manifest(self, digest: bytes, sources: list[Source]) -> bytes:
@@ -147,14 +158,19 @@ class Images:
 
     async def _fill(self, partial: Partial, sources: list[Source], figures: Figures) -> None:
         """From a folder of this node if there is one, else, or if it changed, from the sources."""
+
+        def progress(bytes_done: int, bytes_total: int) -> None:
+            figures.write(bytes_done, bytes_total)
+            self._arrived(partial.digest)
+
         known = self._folders.find(partial.digest) if partial.missing else None
         if known is not None:
             image = known.image
             try:
-                await in_thread(lambda stop: copy_folder(partial, image, stoppable(figures.write, stop)))
+                await in_thread(lambda stop: copy_folder(partial, image, stoppable(progress, stop)))
             except FolderChanged as error:
                 self._folders.withdraw(partial.digest, str(error))
                 if not sources:
                     raise
         if partial.missing:
-            await Fetch(partial, sources, self._open_source, figures.write).run()
+            await Fetch(partial, sources, self._open_source, progress, pace=self._pace).run()

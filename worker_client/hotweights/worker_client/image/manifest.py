@@ -32,6 +32,10 @@ from hotweights.worker_client.image.headers import TensorSpan, read_header
 from hotweights.worker_client.image.stamps import Stamp, read_stamp, stamp_of
 
 BUCKET_BYTES = 16 << 20
+"""Of a large image."""
+SMALLEST_BUCKET_BYTES = 512 << 10
+BUCKETS = 512
+"""An image has about so many: a chain of N nodes takes (BUCKETS + N - 1) / BUCKETS of the time of one."""
 
 
 @dataclass(frozen=True)
@@ -77,20 +81,24 @@ class _Entry:
 def build_manifest(
     folder: Path,
     *,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     include_code: bool = False,
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> Image:
     """Hashes the folder's files with all cores (or `threads`). Blocks: call it in a thread.
 
+    Without `bucket_bytes` they are about a five-hundredth of the image, a power of two: the same for the same bytes.
     `progress(bytes_done, bytes_total)` is called after each bucket, from the hashing threads but
     never by two at once; what it raises ends the hashing and is raised here. Raises BadImage,
     FolderChanged, OSError.
     """
-    check_bucket_bytes(bucket_bytes)
     folder = folder.resolve()
-    entries = [_read_entry(file, bucket_bytes) for file in list_files(folder, include_code=include_code)]
+    files = list_files(folder, include_code=include_code)
+    if bucket_bytes is None:
+        bucket_bytes = _bucket_bytes(sum(file.path.stat().st_size for file in files))
+    check_bucket_bytes(bucket_bytes)
+    entries = [_read_entry(file, bucket_bytes) for file in files]
     _check_tensors(folder, entries)
     _hash_entries(folder, entries, progress, threads)
     for entry in entries:
@@ -99,6 +107,12 @@ def build_manifest(
     check_manifest(manifest, allow_code=include_code)  # what others would refuse is not published
     blob = manifest.SerializeToString(deterministic=True)
     return Image(folder, manifest, blob, digest_of(blob), tuple(entry.stamp for entry in entries))
+
+
+def _bucket_bytes(image_bytes: int) -> int:
+    """For an image of this size."""
+    wanted = 1 << max(0, -(-image_bytes // BUCKETS) - 1).bit_length()
+    return min(max(wanted, SMALLEST_BUCKET_BYTES), BUCKET_BYTES)
 
 
 def open_image(folder: Path, blob: bytes, *, allow_code: bool = False) -> Image:

@@ -4,7 +4,10 @@
       ^                                          |
       +----- failed or wrong: next source -------+      a source that fails rests a while, then is out
 
-A wrong bucket is asked of the same source once more (the way may have broken it), then of others.
+A source that is staging the image itself is waited for as long as it gets more of it: so every node of a chain takes
+from the one before it, and the publisher sends the image about once. One that gets nothing for STALL_S rests like one
+that fails. A wrong bucket is asked of the same source once more (the way may have broken it); whoever sends
+WRONG_MAX of them is a liar, and out.
 """
 
 import asyncio
@@ -14,7 +17,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from hotweights.transports.base import Connection
-from hotweights.transports.errors import NotHeld, TokenRefused, TransportError
+from hotweights.transports.errors import NotHeld, NotYet, TokenRefused, TransportError
+from hotweights.transports.pace import Pace
 from hotweights.v1.worker_service_pb2 import Source
 from hotweights.worker_client.stage.errors import SourcesFailed
 from hotweights.worker_client.stage.partial import Partial, Progress
@@ -22,14 +26,22 @@ from hotweights.worker_client.stage.threads import in_thread
 
 log = logging.getLogger(__name__)
 
-PARALLEL = 4
-BUCKET_DEADLINE_S = 60.0
+PARALLEL = 2  # buckets on their way at once: as many are between one node of a chain and the next
+STALL_S = 5.0
+RATE_MIN = 200e3  # bytes a second of one bucket, below which its source is left;
+BUCKET_S = 30.0  # not before this: many flows on one link are not equally lucky
+HASHED_HERE_BYTES = 512 << 10  # 0.15 ms: a thread takes longer to hear of it
+ASK_AGAIN_S = 0.05  # of who has not begun
 FAILURES_MAX = 5  # in a row
-WRONG_MAX = 2  # times one bucket from one source
+WRONG_MAX = 2  # buckets of one source
 REST_S = 0.2  # after the first failure; doubles
 
 
 Open = Callable[[Source], Awaitable[Connection]]
+
+
+class Stalled(Exception):
+    """A source that is staging the image itself gets no further."""
 
 
 class WrongBytes(Exception):
@@ -44,6 +56,9 @@ class _Standing:
     rests_until: float = 0.0
     out: bool = False
     why: str = ""
+    held_bytes: int = -1
+    grew_at: float = 0.0
+    """When it was seen to get more of the image: of one that is staging it."""
 
 
 class Fetch:
@@ -57,15 +72,17 @@ class Fetch:
         progress: Progress,
         *,
         parallel: int = PARALLEL,
+        pace: Pace | None = None,
     ) -> None:
         self._partial = partial
         self._sources = sources
         self._open_source = open_source
         self._progress = progress
         self._parallel = parallel
+        self._pace = pace or Pace()
         self._todo = deque(sorted(partial.missing))
         self._standings: dict[str, _Standing] = {}
-        self._wrong: Counter[tuple[str, int]] = Counter()
+        self._wrong: Counter[str] = Counter()
 
     async def run(self) -> None:
         """Returns with nothing missing. Raises SourcesFailed. The caller's deadline is by cancelling."""
@@ -87,7 +104,7 @@ class Fetch:
         try:
             while self._todo:
                 index = self._todo.popleft()
-                source = await self._choose(index)
+                source = await self._choose()
                 if source is None:
                     raise SourcesFailed(self._partial.digest, self._reasons())
                 if connection is not None and used is not source:
@@ -97,6 +114,9 @@ class Fetch:
                     if connection is None:
                         connection, used = await self._open_source(source), source
                     await self._receive(connection, source, index)
+                except (NotYet, NotHeld) as error:
+                    self._todo.appendleft(index)
+                    await self._wait_for(source, error)
                 except (TransportError, WrongBytes) as error:
                     self._todo.appendleft(index)
                     self._struck(source, error)
@@ -107,11 +127,11 @@ class Fetch:
             if connection is not None:
                 await connection.close()
 
-    async def _choose(self, index: int) -> Source | None:
-        """The first source that may be asked for the bucket now; waits for one that rests if there is no other."""
+    async def _choose(self) -> Source | None:
+        """The first source that may be asked now; waits for one that rests if there is no other."""
         loop = asyncio.get_running_loop()
         while True:
-            usable = [source for source in self._sources if self._may_give(source, index)]
+            usable = [source for source in self._sources if not self._standing(source).out]
             now = loop.time()
             for source in usable:
                 if self._standing(source).rests_until <= now:
@@ -120,27 +140,53 @@ class Fetch:
                 return None
             await asyncio.sleep(min(self._standing(source).rests_until for source in usable) - now)
 
-    def _may_give(self, source: Source, index: int) -> bool:
-        return not self._standing(source).out and self._wrong[source.node_id, index] < WRONG_MAX
-
     async def _receive(self, connection: Connection, source: Source, index: int) -> None:
         bucket = self._partial.manifest.buckets[index]
+        await self._pace.take(bucket.size_bytes)
         with self._partial.view(index) as place:
             await connection.read_into(
-                self._partial.digest, bucket.file, bucket.offset, place, deadline_s=BUCKET_DEADLINE_S
+                self._partial.digest,
+                bucket.file,
+                bucket.offset,
+                place,
+                deadline_s=max(BUCKET_S, bucket.size_bytes / RATE_MIN),
             )
-        if not await in_thread(lambda _: self._partial.matches(index)):
-            self._wrong[source.node_id, index] += 1
+        if bucket.size_bytes <= HASHED_HERE_BYTES:
+            right = self._partial.matches(index)
+        else:
+            right = await in_thread(lambda _: self._partial.matches(index))
+        if not right:
+            self._wrong[source.node_id] += 1
             raise WrongBytes(f"bucket {index} came with wrong bytes")
-        self._standing(source).failures = 0
+        standing = self._standing(source)
+        standing.failures, standing.grew_at = 0, asyncio.get_running_loop().time()
         self._partial.mark_good(index)
         self._progress(self._partial.bytes_done, self._partial.bytes_total)
+
+    async def _wait_for(self, source: Source, error: NotYet | NotHeld) -> None:
+        """Of a source that does not have a bucket: whether it may be asked again soon, later or never."""
+        standing, now = self._standing(source), asyncio.get_running_loop().time()
+        if isinstance(error, NotHeld) and not source.staging:
+            self._struck(source, error)
+            return
+        held_bytes = error.held_bytes if isinstance(error, NotYet) else 0
+        if held_bytes > standing.held_bytes:
+            standing.held_bytes, standing.grew_at = held_bytes, now
+        elif now - standing.grew_at > STALL_S:
+            self._struck(source, Stalled(f"has got nothing of the image for {STALL_S:g} s"))
+            standing.grew_at = standing.rests_until  # when it is asked again it has as long again
+        elif isinstance(error, NotHeld):
+            await asyncio.sleep(ASK_AGAIN_S)
 
     def _struck(self, source: Source, error: Exception) -> None:
         standing = self._standing(source)
         standing.failures += 1
         standing.why = str(error)
-        standing.out = isinstance(error, NotHeld | TokenRefused) or standing.failures >= FAILURES_MAX
+        standing.out = (
+            isinstance(error, NotHeld | TokenRefused)
+            or standing.failures >= FAILURES_MAX
+            or self._wrong[source.node_id] >= WRONG_MAX
+        )
         standing.rests_until = asyncio.get_running_loop().time() + REST_S * 2 ** (standing.failures - 1)
         log.warning("source %s: %s%s", source.node_id, error, "; given up" if standing.out else "")
 

@@ -39,6 +39,9 @@ class Partial:
         self._lock = threading.Lock()
         self._views: list[memoryview] = []
         self._verifier = BucketVerifier(manifest)
+        self._first_of: dict[int, int] = {}
+        for index, bucket in enumerate(manifest.buckets):
+            self._first_of.setdefault(bucket.file, index)
 
     def allocate(self) -> bool:
         """Makes every file at its full size and maps it; whether there was something to resume.
@@ -73,6 +76,19 @@ class Partial:
         """Where bucket `index` goes."""
         bucket = self.manifest.buckets[index]
         return self._views[bucket.file][bucket.offset : bucket.offset + bucket.size_bytes]
+
+    def held(self, file: int, offset: int, size: int) -> memoryview | None:
+        """A range within one bucket that is right already, to be read; None while it is not.
+
+        Thread-safe. Raises IndexError for a range that no bucket has.
+        """
+        index = self._first_of.get(file, len(self.manifest.buckets)) + offset // self.manifest.bucket_bytes
+        bucket = self.manifest.buckets[index]
+        if bucket.file != file or not bucket.offset <= offset < offset + size <= bucket.offset + bucket.size_bytes:
+            raise IndexError(f"{size} bytes from {offset} on of file {file} are in no bucket")
+        with self._lock:
+            views = self._views  # empty once closed
+            return views[file][offset : offset + size].toreadonly() if views and index not in self.missing else None
 
     def matches(self, index: int) -> bool:
         """Whether the bytes in place are the bucket's. Thread-safe; releases the GIL while hashing."""

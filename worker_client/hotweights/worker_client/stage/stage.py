@@ -116,6 +116,14 @@ class Stage:
         self.manifest(digest)
         return self.root / digest.hex()
 
+    def filling(self, digest: bytes) -> Partial | None:
+        """The image while it comes. Waits for no lock."""
+        return self._filling.get(digest)
+
+    def peek(self, digest: bytes) -> manifest_pb2.Manifest | None:
+        """Of an image that is held. Waits for no lock, which is held while room is made: for the event loop."""
+        return self._held.get(digest)
+
     def used_bytes(self) -> int:
         """What images and unfinished ones take."""
         return sum(_allocated_bytes(path) for path in self.root.iterdir() if _digest_of(path) and path.is_dir())
