@@ -99,7 +99,8 @@ class Hub:
             node = state.nodes.get(name)
             if node is not None and node.endpoint and node.token_key:
                 token = make_token(node.token_key, digest, reader, name, int(expires_at))
-                message.sources.add(node_id=name, data_endpoint=node.endpoint, token=token)
+                staging = stage.digest not in node.held
+                message.sources.add(node_id=name, data_endpoint=node.endpoint, token=token, staging=staging)
         return message
 
 

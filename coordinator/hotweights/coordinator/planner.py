@@ -2,6 +2,7 @@
 
 from hotweights.coordinator.rules.catalogue import base_of, check_start, version_named
 from hotweights.coordinator.rules.records import Options
+from hotweights.coordinator.rules.routes import sources_of
 from hotweights.coordinator.rules.state import Seat, State
 from hotweights.coordinator.rules.turn import Turn
 from hotweights.coordinator.rules.waves import plan_waves
@@ -22,12 +23,14 @@ def plan_update(state: State, now: float, model: str, version: str, options: Opt
     for names in plan_waves([seat.id for seat in roster], options):
         plan.waves.add(replica_ids=names)
     holders = sorted(node.id for node in turn.holders(target.digest))
-    for node_id in sorted({node for seat in roster for node in seat.nodes}):
+    nodes = {node for seat in roster for node in seat.nodes}
+    chain = sorted(nodes - set(holders))
+    for node_id in sorted(nodes):
         row = plan.nodes.add(node_id=node_id)
         if node_id in holders:
             continue
         row.fetch_bytes, row.fetch_buckets = target.image_bytes, target.bucket_count
-        row.source_node_ids.extend(holders)
+        row.source_node_ids.extend(sources_of(node_id, chain, holders))
     plan.notes.extend(_notes(state, roster, target.image_bytes))
     if options.check_finite:
         plan.notes.append("every rank looks for NaN and infinite values while it prepares; one refuses the version")

@@ -20,11 +20,11 @@ def test_nothing_that_serves_is_touched_while_images_are_staged() -> None:
     assert bench.phase() is Phase.STAGING
 
 
-def test_a_node_stages_from_the_nodes_that_hold_the_image() -> None:
+def test_nodes_stage_from_one_another_in_a_chain_that_begins_at_who_holds_the_image() -> None:
     bench = committed_fleet()
     bench.start("v2")
     sources = {order.member: stage.source_nodes for order, stage in bench.waiting(o.Stage) if stage.digest == "d2"}
-    assert sources == {"n0": (), "n1": ("n0",), "n2": ("n0",)}
+    assert sources == {"n0": (), "n1": ("n0",), "n2": ("n1", "n0")}
 
 
 def test_the_way_back_is_staged_before_anyone_is_prepared() -> None:

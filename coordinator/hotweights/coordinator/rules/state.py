@@ -98,6 +98,8 @@ class Effort:
 
     deadline_at: float
     asked: frozenset[tuple[str, str]] = frozenset()
+    chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By digest, the nodes that get it, in the order in which they pass it on."""
     staged: frozenset[tuple[str, str]] = frozenset()
     progress: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     preparing: Mapping[str, Ticket] = field(default_factory=dict)

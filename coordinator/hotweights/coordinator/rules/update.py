@@ -25,6 +25,7 @@ from hotweights.coordinator.rules.records import (
     Phase,
     UpdateRecord,
 )
+from hotweights.coordinator.rules.routes import sources_of
 from hotweights.coordinator.rules.turn import Turn
 from hotweights.coordinator.rules.waves import share
 from hotweights.coordinator.rules.windows import effort_of, tell_apply, window_is_out
@@ -141,12 +142,26 @@ def _stage_nodes(turn: Turn, update_id: str, member: Member) -> bool:
             complete = False
             if node is not None and node.connected and (node_id, digest) not in effort.asked:
                 asked.add((node_id, digest))
-                sources = tuple(n.id for n in turn.holders(digest) if n.id != node_id)
                 left_s = max(1.0, effort.deadline_at - turn.now)
-                turn.tell(node, Stage(digest, sources, left_s), update_id)
+                turn.tell(node, Stage(digest, _sources(turn, update_id, digest, node_id), left_s), update_id)
     if asked:
+        effort = turn.efforts[update_id]
         turn.efforts.put(update_id, replace(effort, asked=effort.asked | asked))
     return complete
+
+
+def _sources(turn: Turn, update_id: str, digest: str, node_id: str) -> tuple[str, ...]:
+    """Of a node that is to get the image: its place in the chain of the update's nodes, the last for who joins it."""
+    update, effort = turn.updates[update_id], turn.efforts[update_id]
+    holders = sorted(node.id for node in turn.holders(digest))
+    chain = effort.chains.get(digest)
+    if chain is None:
+        nodes = {name for member in update.members.values() if member.outcome not in OUT for name in member.nodes}
+        chain = tuple(sorted(nodes - set(holders)))
+    if node_id not in (*chain, *holders):
+        chain = (*chain, node_id)
+    turn.efforts.put(update_id, replace(effort, chains={**effort.chains, digest: chain}))
+    return sources_of(node_id, chain, holders)
 
 
 # Applying.
