@@ -1,0 +1,17 @@
+"""A coordinator as it was before there were routes: every node takes from who had the image before. For comparison."""
+
+import sys
+from collections.abc import Sequence
+
+from hotweights.cli.main import main
+from hotweights.coordinator.rules import update
+
+
+def star(node: str, chain: Sequence[str], holders: Sequence[str]) -> tuple[str, ...]:
+    """In place of routes.sources_of."""
+    return tuple(holder for holder in holders if holder != node)
+
+
+if __name__ == "__main__":
+    vars(update)["sources_of"] = star
+    sys.exit(main())
