@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from hotweights.cli.main import main
-from hotweights.coordinator.rules import update
+from hotweights.coordinator.rules import routes
 
 
 def star(node: str, chain: Sequence[str], holders: Sequence[str]) -> tuple[str, ...]:
@@ -13,5 +13,5 @@ def star(node: str, chain: Sequence[str], holders: Sequence[str]) -> tuple[str, 
 
 
 if __name__ == "__main__":
-    vars(update)["sources_of"] = star
+    vars(routes)["sources_of"] = star
     sys.exit(main())

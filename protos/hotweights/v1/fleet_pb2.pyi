@@ -30,6 +30,8 @@ class EventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EVENT_KIND_MODEL_POLICY: _ClassVar[EventKind]
     EVENT_KIND_REPLICA_DEFERRED: _ClassVar[EventKind]
     EVENT_KIND_CALL_REFUSED: _ClassVar[EventKind]
+    EVENT_KIND_SOURCE_LEFT: _ClassVar[EventKind]
+    EVENT_KIND_NODE_QUARANTINED: _ClassVar[EventKind]
 EVENT_KIND_UNSPECIFIED: EventKind
 EVENT_KIND_VERSION_PUBLISHED: EventKind
 EVENT_KIND_VERSION_AVAILABLE: EventKind
@@ -50,6 +52,8 @@ EVENT_KIND_NODE_STAGED: EventKind
 EVENT_KIND_MODEL_POLICY: EventKind
 EVENT_KIND_REPLICA_DEFERRED: EventKind
 EVENT_KIND_CALL_REFUSED: EventKind
+EVENT_KIND_SOURCE_LEFT: EventKind
+EVENT_KIND_NODE_QUARANTINED: EventKind
 
 class Rank(_message.Message):
     __slots__ = ("index", "node_id", "pid")
@@ -114,20 +118,22 @@ class Replica(_message.Message):
     def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., connected: bool = ..., ready: bool = ..., excluded: bool = ..., desired_version: _Optional[str] = ..., active_version: _Optional[str] = ..., active_digest: _Optional[bytes] = ..., last_window: _Optional[_Union[_update_pb2.WindowTimes, _Mapping]] = ..., fingerprints: _Optional[_Iterable[bytes]] = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., engine: _Optional[str] = ..., note: _Optional[str] = ..., routes: _Optional[_Union[Routes, _Mapping]] = ..., fingerprint_kind: _Optional[str] = ...) -> None: ...
 
 class Node(_message.Message):
-    __slots__ = ("id", "connected", "data_endpoint", "held_digests", "stage_bytes_used", "stage_bytes_free")
+    __slots__ = ("id", "connected", "data_endpoint", "held_digests", "stage_bytes_used", "stage_bytes_free", "quarantine")
     ID_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
     DATA_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     HELD_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     STAGE_BYTES_USED_FIELD_NUMBER: _ClassVar[int]
     STAGE_BYTES_FREE_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINE_FIELD_NUMBER: _ClassVar[int]
     id: str
     connected: bool
     data_endpoint: str
     held_digests: _containers.RepeatedScalarFieldContainer[bytes]
     stage_bytes_used: int
     stage_bytes_free: int
-    def __init__(self, id: _Optional[str] = ..., connected: bool = ..., data_endpoint: _Optional[str] = ..., held_digests: _Optional[_Iterable[bytes]] = ..., stage_bytes_used: _Optional[int] = ..., stage_bytes_free: _Optional[int] = ...) -> None: ...
+    quarantine: str
+    def __init__(self, id: _Optional[str] = ..., connected: bool = ..., data_endpoint: _Optional[str] = ..., held_digests: _Optional[_Iterable[bytes]] = ..., stage_bytes_used: _Optional[int] = ..., stage_bytes_free: _Optional[int] = ..., quarantine: _Optional[str] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("revision", "at", "kind", "model", "version", "update_id", "replica_id", "node_id", "message", "window", "refusal")

@@ -133,16 +133,20 @@ class UpdateReplica(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., wave: _Optional[int] = ..., outcome: _Optional[_Union[ReplicaOutcome, str]] = ..., reason: _Optional[str] = ..., window: _Optional[_Union[WindowTimes, _Mapping]] = ...) -> None: ...
 
 class UpdateNode(_message.Message):
-    __slots__ = ("node_id", "bytes_done", "bytes_total", "staged")
+    __slots__ = ("node_id", "bytes_done", "bytes_total", "staged", "source_node_id", "bytes_per_s")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     STAGED_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     bytes_done: int
     bytes_total: int
     staged: bool
-    def __init__(self, node_id: _Optional[str] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., staged: bool = ...) -> None: ...
+    source_node_id: str
+    bytes_per_s: float
+    def __init__(self, node_id: _Optional[str] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., staged: bool = ..., source_node_id: _Optional[str] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class Update(_message.Message):
     __slots__ = ("id", "model", "kind", "phase", "base_version", "target_version", "options", "reason", "wave", "wave_count", "replicas", "nodes", "started_at", "ended_at")

@@ -223,7 +223,7 @@ class EndUpdate(_message.Message):
     def __init__(self, committed: bool = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("number", "update_id", "epoch", "stage_progress", "staged", "stage_failed", "images_held", "prepared", "prepare_failed", "applied", "apply_failed", "active_changed", "deferred", "peer_refused")
+    __slots__ = ("number", "update_id", "epoch", "stage_progress", "staged", "stage_failed", "images_held", "prepared", "prepare_failed", "applied", "apply_failed", "active_changed", "deferred", "peer_refused", "source_left")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -238,6 +238,7 @@ class Report(_message.Message):
     ACTIVE_CHANGED_FIELD_NUMBER: _ClassVar[int]
     DEFERRED_FIELD_NUMBER: _ClassVar[int]
     PEER_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_LEFT_FIELD_NUMBER: _ClassVar[int]
     number: int
     update_id: str
     epoch: int
@@ -252,17 +253,34 @@ class Report(_message.Message):
     active_changed: ActiveChanged
     deferred: Deferred
     peer_refused: PeerRefused
-    def __init__(self, number: _Optional[int] = ..., update_id: _Optional[str] = ..., epoch: _Optional[int] = ..., stage_progress: _Optional[_Union[StageProgress, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., stage_failed: _Optional[_Union[StageFailed, _Mapping]] = ..., images_held: _Optional[_Union[ImagesHeld, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., prepare_failed: _Optional[_Union[PrepareFailed, _Mapping]] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., apply_failed: _Optional[_Union[ApplyFailed, _Mapping]] = ..., active_changed: _Optional[_Union[ActiveChanged, _Mapping]] = ..., deferred: _Optional[_Union[Deferred, _Mapping]] = ..., peer_refused: _Optional[_Union[PeerRefused, _Mapping]] = ...) -> None: ...
+    source_left: SourceLeft
+    def __init__(self, number: _Optional[int] = ..., update_id: _Optional[str] = ..., epoch: _Optional[int] = ..., stage_progress: _Optional[_Union[StageProgress, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., stage_failed: _Optional[_Union[StageFailed, _Mapping]] = ..., images_held: _Optional[_Union[ImagesHeld, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., prepare_failed: _Optional[_Union[PrepareFailed, _Mapping]] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., apply_failed: _Optional[_Union[ApplyFailed, _Mapping]] = ..., active_changed: _Optional[_Union[ActiveChanged, _Mapping]] = ..., deferred: _Optional[_Union[Deferred, _Mapping]] = ..., peer_refused: _Optional[_Union[PeerRefused, _Mapping]] = ..., source_left: _Optional[_Union[SourceLeft, _Mapping]] = ...) -> None: ...
 
 class StageProgress(_message.Message):
-    __slots__ = ("manifest_digest", "bytes_done", "bytes_total")
+    __slots__ = ("manifest_digest", "bytes_done", "bytes_total", "source_node_id", "bytes_per_s")
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     manifest_digest: bytes
     bytes_done: int
     bytes_total: int
-    def __init__(self, manifest_digest: _Optional[bytes] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ...) -> None: ...
+    source_node_id: str
+    bytes_per_s: float
+    def __init__(self, manifest_digest: _Optional[bytes] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., source_node_id: _Optional[str] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
+
+class SourceLeft(_message.Message):
+    __slots__ = ("manifest_digest", "source_node_id", "reason", "lied")
+    MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    LIED_FIELD_NUMBER: _ClassVar[int]
+    manifest_digest: bytes
+    source_node_id: str
+    reason: str
+    lied: bool
+    def __init__(self, manifest_digest: _Optional[bytes] = ..., source_node_id: _Optional[str] = ..., reason: _Optional[str] = ..., lied: bool = ...) -> None: ...
 
 class Staged(_message.Message):
     __slots__ = ("manifest_digest",)

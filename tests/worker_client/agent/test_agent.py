@@ -178,6 +178,29 @@ async def test_a_node_whose_predecessor_dies_goes_on_with_the_one_before(
         assert contents(await reader.map_image(digest, "replica-0")) == contents(folder)
 
 
+async def test_a_node_that_sends_wrong_bytes_is_left_and_named(home: Path, coordinator: SmallCoordinator) -> None:
+    """Its staged image is altered where nobody looks again."""
+    folder = make_folder(home / "v1", tensor_bytes=400_000)
+    async with (
+        agent_of(a_config(home, "a", coordinator.endpoint)) as source,
+        agent_of(a_config(home, "b", coordinator.endpoint)) as liar,
+        agent_of(a_config(home, "c", coordinator.endpoint)) as reader,
+    ):
+        digest = (await source.publish_folder(folder, "m", "v1")).manifest_digest
+        await coordinator.hears("a", "b", "c")
+        await coordinator.outcome("b", coordinator.stage("b", digest, "a"))
+        staged = await liar.map_image(digest, "replica-0")
+        for offset in range(0, 400_000, 65_536):
+            touch_bytes(staged / "model-0.safetensors", offset + 1000)
+        number = coordinator.stage("c", digest, "b", "a")
+        assert (await coordinator.outcome("c", number)).staged.manifest_digest == digest
+        assert contents(await reader.map_image(digest, "replica-0")) == contents(folder)
+        said = [report for report in coordinator.reports["c"] if report.number == number]
+        left = [report.source_left for report in said if report.HasField("source_left")]
+        assert [(one.source_node_id, one.lied, one.manifest_digest) for one in left] == [("b", True, digest)]
+        assert {report.stage_progress.source_node_id for report in said} <= {"", "a", "b"}
+
+
 async def test_a_token_of_another_reader_image_or_key_opens_nothing(home: Path, coordinator: SmallCoordinator) -> None:
     one, two = make_folder(home / "v1"), make_folder(home / "v2", seed=2)
     async with (

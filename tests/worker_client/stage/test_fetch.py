@@ -18,7 +18,7 @@ from hotweights.worker_client.image.manifest import Image
 from hotweights.worker_client.image.reader import BucketReader
 from hotweights.worker_client.stage import fetch
 from hotweights.worker_client.stage.errors import SourcesFailed
-from hotweights.worker_client.stage.fetch import Fetch
+from hotweights.worker_client.stage.fetch import Fetch, Tally
 from hotweights.worker_client.stage.partial import Partial
 from hotweights.worker_client.stage.stage import Stage
 
@@ -114,7 +114,10 @@ async def test_every_bucket_is_asked_once_from_the_preferred_source(
     image: Image, nodes: list[Node], partial: Partial
 ) -> None:
     told: list[tuple[int, int]] = []
-    await Fetch(partial, sources(nodes), connect, lambda done, total: told.append((done, total))).run()
+    tally = Tally()
+    await Fetch(partial, sources(nodes), connect, lambda done, total: told.append((done, total)), tally=tally).run()
+    assert (tally.source, tally.left) == ("node-0", [])
+    assert tally.bytes_per_s > 0
     assert contents(partial.folder) == contents(image.folder)
     assert set(nodes[0].asked.values()) == {1}
     assert sum(nodes[0].asked.values()) == len(image.manifest.buckets)
@@ -197,7 +200,10 @@ async def test_a_source_that_gets_no_more_is_left_for_the_next(
     monkeypatch.setattr(fetch, "STALL_S", 0.2)
     monkeypatch.setattr(base, "WAIT_S", 0.05)
     nodes[0].there = 3
-    await asyncio.wait_for(Fetch(partial, sources(nodes), connect, no_progress).run(), 10)
+    tally = Tally()
+    await asyncio.wait_for(Fetch(partial, sources(nodes), connect, no_progress, tally=tally).run(), 10)
+    assert [(left.source_node_id, left.lied) for left in tally.left][:1] == [("node-0", False)]
+    assert tally.left[0].reason == "has got nothing of the image for 0.2 s"
     assert contents(partial.folder) == contents(image.folder)
     assert {at for at, count in nodes[1].asked.items() if count} == {
         (bucket.file, bucket.offset) for bucket in image.manifest.buckets[3:]
@@ -205,13 +211,17 @@ async def test_a_source_that_gets_no_more_is_left_for_the_next(
 
 
 async def test_a_source_that_sends_wrong_bytes_is_left_for_good(
-    image: Image, nodes: list[Node], partial: Partial
+    image: Image, nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fetch, "REST_S", 0.0)
     for bucket in image.manifest.buckets[::2]:
         nodes[0].wrong_times[bucket.file, bucket.offset] = 1
-    await Fetch(partial, sources(nodes), connect, no_progress).run()
+    tally = Tally()
+    await Fetch(partial, sources(nodes), connect, no_progress, tally=tally).run()
     assert contents(partial.folder) == contents(image.folder)
     assert sum(nodes[0].asked.values()) <= 2 * fetch.WRONG_MAX + fetch.PARALLEL
+    assert {(left.source_node_id, left.lied) for left in tally.left} == {("node-0", True)}
+    assert "wrong bytes" in tally.left[0].reason
 
 
 async def test_no_source_at_all_is_an_error(partial: Partial) -> None:

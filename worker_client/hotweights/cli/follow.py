@@ -82,9 +82,8 @@ class _Teller:
 
     def tell(self, update: update_pb2.Update) -> None:
         if update.phase == update_pb2.UPDATE_PHASE_STAGING:
-            total = sum(node.bytes_total for node in update.nodes)
-            if total:
-                self._bar.to(sum(node.bytes_done for node in update.nodes), total)
+            if any(node.bytes_total for node in update.nodes):
+                self._bar.each(update.nodes)
         else:
             self._bar.stop()
         for row in update.replicas:

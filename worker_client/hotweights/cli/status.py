@@ -118,18 +118,22 @@ def update_tables(update: "update_pb2.Update") -> "Iterable[Table]":
     yield replicas
     if has_ended:
         return
-    nodes = Table(f"update {update.id}: staging", ("NODE", "STAGED", "DONE", "OF", "PERCENT"))
+    columns = ("NODE", "STAGED", "DONE", "OF", "PERCENT", "FROM", "RATE", "LEFT")
+    nodes = Table(f"update {update.id}: staging", columns)
     for node in update.nodes:
         percent = f"{100 * node.bytes_done // node.bytes_total} %" if node.bytes_total else ""
         staged = "yes" if node.staged else "no"
-        nodes.add(node.node_id, staged, size(node.bytes_done), size(node.bytes_total), percent)
+        rate = f"{size(int(node.bytes_per_s))}/s" if node.bytes_per_s else ""
+        left = f"{(node.bytes_total - node.bytes_done) / node.bytes_per_s:.0f} s" if node.bytes_per_s else ""
+        done = size(node.bytes_done), size(node.bytes_total), percent
+        nodes.add(node.node_id, staged, *done, node.source_node_id, rate, left)
     yield nodes
 
 
 def node_table(nodes: "Iterable[fleet_pb2.Node]") -> "Table":
     from hotweights.cli.output import Table, size
 
-    table = Table("nodes", ("NODE", "CONNECTED", "IMAGES", "STAGE USED", "STAGE FREE", "SERVES AT"))
+    table = Table("nodes", ("NODE", "CONNECTED", "IMAGES", "STAGE USED", "STAGE FREE", "SERVES AT", "QUARANTINE"))
     for node in nodes:
         table.add(
             node.id,
@@ -138,6 +142,7 @@ def node_table(nodes: "Iterable[fleet_pb2.Node]") -> "Table":
             size(node.stage_bytes_used),
             size(node.stage_bytes_free),
             node.data_endpoint,
+            node.quarantine,
         )
     return table
 

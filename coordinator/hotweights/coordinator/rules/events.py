@@ -67,6 +67,18 @@ class StageProgressed(FromMember):
     digest: str
     bytes_done: int
     bytes_total: int
+    source: str = ""
+    bytes_per_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class SourceLeft(FromMember):
+    """`lied`: it sent wrong bytes more than once."""
+
+    update: str
+    source: str
+    reason: str
+    lied: bool
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,8 @@ class NoteKind(Enum):
     NODE_ATTACHED = "node_attached"
     NODE_DETACHED = "node_detached"
     NODE_STAGED = "node_staged"
+    SOURCE_LEFT = "source_left"
+    NODE_QUARANTINED = "node_quarantined"
     MODEL_POLICY = "model_policy"
     CALL_REFUSED = "call_refused"
 

@@ -49,6 +49,10 @@ class Outcome(Enum):
     EXCLUDED = "excluded"
 
 
+OUT = {Outcome.FAILED, Outcome.TORN, Outcome.EXCLUDED}
+"""Members that take no part any longer."""
+
+
 class Policy(Enum):
     MANUAL = "manual"
     AUTO = "auto"

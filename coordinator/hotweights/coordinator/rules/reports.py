@@ -6,17 +6,41 @@ from hotweights.coordinator.rules import events as e
 from hotweights.coordinator.rules.fleet import note_available
 from hotweights.coordinator.rules.orders import End, NoteKind
 from hotweights.coordinator.rules.records import Member, Outcome, Phase, Ticket, UpdateRecord
-from hotweights.coordinator.rules.state import Node, Seat
+from hotweights.coordinator.rules.state import Node, Progress, Seat
 from hotweights.coordinator.rules.turn import Turn
 from hotweights.coordinator.rules.update import fail_member
 from hotweights.coordinator.rules.windows import defer, effort_of
+
+LEFT_MAX = 1000  # events of one update
 
 
 def stage_progressed(turn: Turn, node: Node, event: e.StageProgressed) -> None:
     effort = turn.efforts.get(event.update)
     if effort is not None:
-        progress = {**effort.progress, node.id: (event.bytes_done, event.bytes_total)}
-        turn.efforts.put(event.update, replace(effort, progress=progress))
+        now = Progress(event.bytes_done, event.bytes_total, event.source, event.bytes_per_s)
+        turn.efforts.put(event.update, replace(effort, progress={**effort.progress, node.id: now}))
+
+
+def source_left(turn: Turn, node: Node, event: e.SourceLeft) -> None:
+    """An event for the person who watches; a source of which two say that it lies is nobody's any longer."""
+    update, effort = turn.updates.get(event.update), turn.efforts.get(event.update)
+    told = (node.id, event.source, event.reason)
+    if update is not None and effort is not None and told not in effort.left and len(effort.left) < LEFT_MAX:
+        turn.efforts.put(event.update, replace(effort, left=effort.left | {told}))
+        message = f"node {node.id} left its source {event.source}: {event.reason}"
+        turn.note_update(NoteKind.SOURCE_LEFT, update, message)
+    source = turn.nodes.get(event.source)
+    if not event.lied or source is None or source.quarantine or event.source == node.id:
+        return
+    accused = replace(source, accusers=source.accusers | {node.id})
+    turn.nodes.put(accused.id, accused)
+    if accused.quarantine:
+        turn.note(
+            NoteKind.NODE_QUARANTINED,
+            f"node {accused.id} {accused.quarantine}: nobody is told to fetch from it until its agent is started again",
+            node=accused.id,
+        )
+        note_available(turn)
 
 
 def staged(turn: Turn, node: Node, event: e.Staged) -> None:

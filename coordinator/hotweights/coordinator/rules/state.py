@@ -14,6 +14,8 @@ from hotweights.coordinator.rules.records import (
     WindowTimes,
 )
 
+ACCUSERS_MIN = 2
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -90,6 +92,25 @@ class Node:
     bytes_free: int = 0
     connected: bool = True
     pins_told: frozenset[str] | None = None
+    accusers: frozenset[str] = frozenset()
+    """Nodes to which it sent wrong bytes. One of them may be broken itself: it takes ACCUSERS_MIN."""
+
+    @property
+    def quarantine(self) -> str:
+        """Why nobody is to fetch from it; empty where it is as good as any."""
+        if len(self.accusers) < ACCUSERS_MIN:
+            return ""
+        return f"sent wrong bytes to nodes {', '.join(sorted(self.accusers))}"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of a node that gets an image: from whom last, and how fast."""
+
+    bytes_done: int
+    bytes_total: int
+    source: str = ""
+    bytes_per_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +122,9 @@ class Effort:
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By digest, the nodes that get it, in the order in which they pass it on."""
     staged: frozenset[tuple[str, str]] = frozenset()
-    progress: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    progress: Mapping[str, Progress] = field(default_factory=dict)
+    left: frozenset[tuple[str, str, str]] = frozenset()
+    """Which node left which source for what reason: told once."""
     preparing: Mapping[str, Ticket] = field(default_factory=dict)
     due: Mapping[str, float] = field(default_factory=dict)
     deferred: frozenset[str] = frozenset()

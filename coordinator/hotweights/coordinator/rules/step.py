@@ -52,6 +52,8 @@ def _heard(turn: Turn, event: e.FromMember) -> None:
             return
         case e.StageProgressed(), Node():
             reports.stage_progressed(turn, member, event)
+        case e.SourceLeft(), Node():
+            reports.source_left(turn, member, event)
         case e.Staged(), Node():
             reports.staged(turn, member, event)
         case e.StageFailed(), Node():

@@ -174,7 +174,8 @@ class Turn:
         return max(same, key=lambda v: v.sequence).name if same else ""
 
     def holders(self, digest: str) -> list[Node]:
-        return [n for n in self.nodes.values() if n.connected and digest in n.held]
+        """Who can be asked for it."""
+        return [n for n in self.nodes.values() if n.connected and digest in n.held and not n.quarantine]
 
     def seat_lost(self, model: str, replica: str) -> bool:
         """Out of contact for a whole lease, or gone to another model; a new leader waits a full term for everyone."""

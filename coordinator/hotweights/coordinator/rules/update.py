@@ -17,6 +17,7 @@ from dataclasses import replace
 from hotweights.coordinator.rules.agreement import doubt_restored, note_differences
 from hotweights.coordinator.rules.orders import Declined, End, NoteKind, Prepare, Stage
 from hotweights.coordinator.rules.records import (
+    OUT,
     Decision,
     FailurePolicy,
     Kind,
@@ -25,7 +26,7 @@ from hotweights.coordinator.rules.records import (
     Phase,
     UpdateRecord,
 )
-from hotweights.coordinator.rules.routes import sources_of
+from hotweights.coordinator.rules.routes import route
 from hotweights.coordinator.rules.turn import Turn
 from hotweights.coordinator.rules.waves import share
 from hotweights.coordinator.rules.windows import effort_of, tell_apply, window_is_out
@@ -34,8 +35,6 @@ from hotweights.coordinator.rules.windows import effort_of, tell_apply, window_i
 SUPERSEDED = "a fleet update takes its place"
 # Of a member that had GO: nothing more will be heard or asked.
 RESTED = {Outcome.RESTORED, Outcome.DIVERGED, Outcome.TORN}
-# Of a member that takes no further part.
-OUT = {Outcome.FAILED, Outcome.TORN, Outcome.EXCLUDED}
 
 
 def advance(turn: Turn, update_id: str) -> None:
@@ -143,25 +142,11 @@ def _stage_nodes(turn: Turn, update_id: str, member: Member) -> bool:
             if node is not None and node.connected and (node_id, digest) not in effort.asked:
                 asked.add((node_id, digest))
                 left_s = max(1.0, effort.deadline_at - turn.now)
-                turn.tell(node, Stage(digest, _sources(turn, update_id, digest, node_id), left_s), update_id)
+                turn.tell(node, Stage(digest, route(turn, update, digest, node_id), left_s), update_id)
     if asked:
         effort = turn.efforts[update_id]
         turn.efforts.put(update_id, replace(effort, asked=effort.asked | asked))
     return complete
-
-
-def _sources(turn: Turn, update_id: str, digest: str, node_id: str) -> tuple[str, ...]:
-    """Of a node that is to get the image: its place in the chain of the update's nodes, the last for who joins it."""
-    update, effort = turn.updates[update_id], turn.efforts[update_id]
-    holders = sorted(node.id for node in turn.holders(digest))
-    chain = effort.chains.get(digest)
-    if chain is None:
-        nodes = {name for member in update.members.values() if member.outcome not in OUT for name in member.nodes}
-        chain = tuple(sorted(nodes - set(holders)))
-    if node_id not in (*chain, *holders):
-        chain = (*chain, node_id)
-    turn.efforts.put(update_id, replace(effort, chains={**effort.chains, digest: chain}))
-    return sources_of(node_id, chain, holders)
 
 
 # Applying.

@@ -11,12 +11,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hotweights.coordinator.rules import orders as o
 from hotweights.coordinator.rules import records as r
 from hotweights.coordinator.rules.orders import Declined
-from hotweights.coordinator.rules.state import Node, Routes, Seat, State
+from hotweights.coordinator.rules.state import Node, Progress, Routes, Seat, State
 from hotweights.coordinator.rules.turn import Turn
 from hotweights.coordinator.service import bounds
 from hotweights.v1 import fleet_pb2, model_pb2, update_pb2
 
 E = TypeVar("E", bound=Enum)
+_NOTHING = Progress(0, 0)
 
 # Enum values travel by their names in the protocol, so that the numbers stay there.
 PHASES = {phase: f"UPDATE_PHASE_{phase.name}" for phase in r.Phase}
@@ -190,10 +191,17 @@ def update_message(state: State, update: r.UpdateRecord) -> update_pb2.Update:
 def _add_progress(message: update_pb2.Update, state: State, update: r.UpdateRecord) -> None:
     effort = state.efforts.get(update.id)
     for node in sorted({node for m in update.members.values() for node in m.nodes}):
-        done, total = effort.progress.get(node, (0, 0)) if effort else (0, 0)
+        now = effort.progress.get(node, _NOTHING) if effort else _NOTHING
         through = update.phase in (r.Phase.APPLYING, r.Phase.COMMITTED)
         staged = through or (effort is not None and (node, update.target_digest) in effort.staged)
-        message.nodes.add(node_id=node, bytes_done=done, bytes_total=total, staged=staged)
+        message.nodes.add(
+            node_id=node,
+            bytes_done=now.bytes_done,
+            bytes_total=now.bytes_total,
+            staged=staged,
+            source_node_id="" if staged else now.source,
+            bytes_per_s=0.0 if staged else now.bytes_per_s,
+        )
 
 
 def replica_message(state: State, record: r.ReplicaRecord) -> fleet_pb2.Replica:
@@ -236,6 +244,7 @@ def node_message(node: Node) -> fleet_pb2.Node:
         held_digests=[bytes.fromhex(digest) for digest in sorted(node.held)],
         stage_bytes_used=node.bytes_used,
         stage_bytes_free=node.bytes_free,
+        quarantine=node.quarantine,
     )
 
 

@@ -7,6 +7,7 @@ When a client dies the request iterator just ends, so leaving is noted in `final
 
 import asyncio
 import logging
+import math
 import uuid
 from collections.abc import AsyncIterator
 
@@ -213,7 +214,12 @@ def _report(who: tuple[float, str, str], report: pb.Report) -> e.Event | None:
         case "stage_progress":
             progress = report.stage_progress
             digest = bounds.digest(progress.manifest_digest)
-            return e.StageProgressed(*who, update, digest, progress.bytes_done, progress.bytes_total)
+            source = bounds.text(progress.source_node_id)
+            rate = progress.bytes_per_s if math.isfinite(progress.bytes_per_s) else 0.0
+            return e.StageProgressed(*who, update, digest, progress.bytes_done, progress.bytes_total, source, rate)
+        case "source_left":
+            left = report.source_left
+            return e.SourceLeft(*who, update, bounds.text(left.source_node_id), bounds.text(left.reason), left.lied)
         case "staged":
             return e.Staged(*who, update, bounds.digest(report.staged.manifest_digest))
         case "stage_failed":

@@ -17,7 +17,7 @@ from hotweights.worker_client.agent.work import Work
 from hotweights.worker_client.image.errors import FolderChanged
 from hotweights.worker_client.stage.copy import copy_folder
 from hotweights.worker_client.stage.errors import SourcesFailed
-from hotweights.worker_client.stage.fetch import Fetch, Open
+from hotweights.worker_client.stage.fetch import Fetch, Open, Tally
 from hotweights.worker_client.stage.partial import Partial
 from hotweights.worker_client.stage.stage import Stage
 from hotweights.worker_client.stage.threads import Figures, in_thread, stoppable
@@ -27,10 +27,11 @@ log = logging.getLogger(__name__)
 Source = worker_service_pb2.Source
 
 
-class _Staging(Work[None]):
+class Staging(Work[None]):
     """One image on its way; who joins may bring more sources."""
 
     sources: list[Source]
+    tally: Tally
 
 
 class Images:
@@ -58,7 +59,7 @@ class Images:
         self._open_source = open_source
         self._arrived = arrived
         self._pace = Pace(bandwidth_max)
-        self._staging: dict[bytes, _Staging] = {}
+        self._staging: dict[bytes, Staging] = {}
         self._to_verify: dict[bytes, Work[bool]] = {}
 
     def is_busy(self) -> bool:
@@ -72,14 +73,14 @@ class Images:
             work = Work(self._verify(digest, figures, one_by_one), figures, kept=True)
             self._to_verify[digest] = work
 
-    def begin(self, digest: bytes, sources: list[Source]) -> Work[None]:
+    def begin(self, digest: bytes, sources: list[Source]) -> Staging:
         """The work that ends with the image held. It goes on while somebody waits for it."""
         staging = self._staging.get(digest)
         if staging is None or staging.is_over:
-            figures, wanted = Figures(), list(sources)
+            figures, wanted, tally = Figures(), list(sources), Tally()
             before = staging.task if staging is not None else None
-            staging = _Staging(self._bring(digest, wanted, figures, before), figures, kept=False)
-            staging.sources = wanted
+            staging = Staging(self._bring(digest, wanted, figures, tally, before), figures, kept=False)
+            staging.sources, staging.tally = wanted, tally
             self._staging[digest] = staging
             staging.task.add_done_callback(lambda _: self._tidy(digest))
         else:
@@ -117,7 +118,12 @@ class Images:
         return whole
 
     async def _bring(
-        self, digest: bytes, sources: list[Source], figures: Figures, before: "asyncio.Task[None] | None"
+        self,
+        digest: bytes,
+        sources: list[Source],
+        figures: Figures,
+        tally: Tally,
+        before: "asyncio.Task[None] | None",
     ) -> None:
         if before is not None:  # called off, and still letting go of the image
             await asyncio.wait({before})
@@ -136,7 +142,7 @@ class Images:
                 await in_thread(lambda stop: partial.scan(stoppable(figures.write, stop)))
                 log.info("image %s: %d buckets are to come", digest.hex()[:16], len(partial.missing))
             figures.write(partial.bytes_done, partial.bytes_total)
-            await self._fill(partial, sources, figures)
+            await self._fill(partial, sources, figures, tally)
             await in_thread(lambda _: self.stage.finish(partial))
             log.info("image %s is staged: %d bytes", digest.hex()[:16], partial.bytes_total)
         finally:
@@ -156,7 +162,7 @@ class Images:
             raise SourcesFailed(digest, [])
         return await self._manifest_of(digest)
 
-    async def _fill(self, partial: Partial, sources: list[Source], figures: Figures) -> None:
+    async def _fill(self, partial: Partial, sources: list[Source], figures: Figures, tally: Tally) -> None:
         """From a folder of this node if there is one, else, or if it changed, from the sources."""
 
         def progress(bytes_done: int, bytes_total: int) -> None:
@@ -173,4 +179,4 @@ class Images:
                 if not sources:
                     raise
         if partial.missing:
-            await Fetch(partial, sources, self._open_source, progress, pace=self._pace).run()
+            await Fetch(partial, sources, self._open_source, progress, pace=self._pace, tally=tally).run()

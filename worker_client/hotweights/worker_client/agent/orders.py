@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hotweights.v1 import worker_service_pb2 as pb
 from hotweights.wire import failpoints
@@ -60,13 +60,15 @@ class Orders:
     async def _stage(self, order: pb.Order) -> None:
         digest = order.stage.manifest_digest
         report = pb.Report(number=order.number, update_id=order.update_id, epoch=order.epoch)
+        told = 0
+        work = self._images.begin(digest, list(order.stage.sources))
         try:
-            work = self._images.begin(digest, list(order.stage.sources))
             async for bytes_done, bytes_total in work.follow(order.stage.deadline_s or STAGING_DEADLINE_S):
-                report.stage_progress.CopyFrom(
-                    pb.StageProgress(manifest_digest=digest, bytes_done=bytes_done, bytes_total=bytes_total)
-                )
+                progress = pb.StageProgress(manifest_digest=digest, bytes_done=bytes_done, bytes_total=bytes_total)
+                progress.source_node_id, progress.bytes_per_s = work.tally.source, work.tally.bytes_per_s
+                report.stage_progress.CopyFrom(progress)
                 self._report(_copied(report))
+                told = self._tell_left(report, work.tally.left, told)
             work.task.result()
         except EXPECTED as error:
             reason = as_refusal(error).message
@@ -75,7 +77,17 @@ class Orders:
         else:
             failpoints.hit("stage.report")
             report.staged.CopyFrom(pb.Staged(manifest_digest=digest))
+        self._tell_left(report, work.tally.left, told)
         self._report(report)
+
+    def _tell_left(self, report: pb.Report, left: Sequence[pb.SourceLeft], told: int) -> int:
+        """Reports the sources that were left since `told` of them were."""
+        for source in left[told:]:
+            more = _copied(report)
+            more.source_left.CopyFrom(source)
+            more.source_left.manifest_digest = report.stage_progress.manifest_digest
+            self._report(more)
+        return len(left)
 
 
 def _copied(report: pb.Report) -> pb.Report:

@@ -14,12 +14,12 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hotweights.transports.base import Connection
 from hotweights.transports.errors import NotHeld, NotYet, TokenRefused, TransportError
 from hotweights.transports.pace import Pace
-from hotweights.v1.worker_service_pb2 import Source
+from hotweights.v1.worker_service_pb2 import Source, SourceLeft
 from hotweights.worker_client.stage.errors import SourcesFailed
 from hotweights.worker_client.stage.partial import Partial, Progress
 from hotweights.worker_client.stage.threads import in_thread
@@ -29,10 +29,11 @@ log = logging.getLogger(__name__)
 PARALLEL = 2  # buckets on their way at once: as many are between one node of a chain and the next
 STALL_S = 5.0
 RATE_MIN = 200e3  # bytes a second of one bucket, below which its source is left;
-BUCKET_S = 30.0  # not before this: many flows on one link are not equally lucky
+BUCKET_DEADLINE_S = 30.0  # not before this: many flows on one link are not equally lucky
 HASHED_HERE_BYTES = 512 << 10  # 0.15 ms: a thread takes longer to hear of it
 ASK_AGAIN_S = 0.05  # of who has not begun
 FAILURES_MAX = 5  # in a row
+LEFT_MAX = 64
 WRONG_MAX = 2  # buckets of one source
 REST_S = 0.2  # after the first failure; doubles
 
@@ -46,6 +47,18 @@ class Stalled(Exception):
 
 class WrongBytes(Exception):
     """A bucket came whole, and is another."""
+
+
+@dataclass
+class Tally:
+    """What a fetch tells of itself while it runs."""
+
+    source: str = ""
+    """The node that gave the last bucket."""
+    bytes_per_s: float = 0.0
+    """Of what was fetched, by the clock here, from the first bucket that was asked for."""
+    left: list[SourceLeft] = field(default_factory=list)
+    """Sources that are not asked any longer, or not for a while; LEFT_MAX at most."""
 
 
 @dataclass
@@ -73,6 +86,7 @@ class Fetch:
         *,
         parallel: int = PARALLEL,
         pace: Pace | None = None,
+        tally: Tally | None = None,
     ) -> None:
         self._partial = partial
         self._sources = sources
@@ -80,12 +94,16 @@ class Fetch:
         self._progress = progress
         self._parallel = parallel
         self._pace = pace or Pace()
+        self._tally = tally or Tally()
+        self._fetched_bytes = 0
+        self._begun_at = 0.0
         self._todo = deque(sorted(partial.missing))
         self._standings: dict[str, _Standing] = {}
         self._wrong: Counter[str] = Counter()
 
     async def run(self) -> None:
         """Returns with nothing missing. Raises SourcesFailed. The caller's deadline is by cancelling."""
+        self._begun_at = asyncio.get_running_loop().time()
         workers = [asyncio.ensure_future(self._work()) for _ in range(min(self._parallel, len(self._todo)))]
         try:
             await asyncio.gather(*workers)
@@ -149,7 +167,7 @@ class Fetch:
                 bucket.file,
                 bucket.offset,
                 place,
-                deadline_s=max(BUCKET_S, bucket.size_bytes / RATE_MIN),
+                deadline_s=max(BUCKET_DEADLINE_S, bucket.size_bytes / RATE_MIN),
             )
         if bucket.size_bytes <= HASHED_HERE_BYTES:
             right = self._partial.matches(index)
@@ -158,8 +176,11 @@ class Fetch:
         if not right:
             self._wrong[source.node_id] += 1
             raise WrongBytes(f"bucket {index} came with wrong bytes")
-        standing = self._standing(source)
-        standing.failures, standing.grew_at = 0, asyncio.get_running_loop().time()
+        standing, now = self._standing(source), asyncio.get_running_loop().time()
+        standing.failures, standing.grew_at = 0, now
+        self._fetched_bytes += bucket.size_bytes
+        self._tally.source = source.node_id
+        self._tally.bytes_per_s = self._fetched_bytes / max(now - self._begun_at, 1e-3)
         self._partial.mark_good(index)
         self._progress(self._partial.bytes_done, self._partial.bytes_total)
 
@@ -189,6 +210,10 @@ class Fetch:
         )
         standing.rests_until = asyncio.get_running_loop().time() + REST_S * 2 ** (standing.failures - 1)
         log.warning("source %s: %s%s", source.node_id, error, "; given up" if standing.out else "")
+        lied = self._wrong[source.node_id] >= WRONG_MAX
+        if (standing.out or isinstance(error, Stalled)) and len(self._tally.left) < LEFT_MAX:
+            left = SourceLeft(source_node_id=source.node_id, reason=standing.why, lied=lied)
+            self._tally.left.append(left)
 
     def _standing(self, source: Source) -> _Standing:
         return self._standings.setdefault(source.node_id, _Standing())
