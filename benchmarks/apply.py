@@ -15,9 +15,11 @@ AMX vLLM would pack them, and then their route is not this one (`python -m bench
                           (`inflight=keep`). With `recompute`, medians `gap_recompute_...`, the first step after the
                           pause computes the request anew
     serving_share         tokens a second while a version is staged and prepared, over tokens a second undisturbed
+    fetching_share        likewise while an agent fetches a version from another on the same machine, as fast as it can
+    fetching_share_bandwidth_max  with --bandwidth-max of 100 MB/s, on both
 
-What is measured under traffic, the last two, is of an engine that leaves one core to others, as it has to on a machine
-with few of them: with traffic on all, whoever asks it something was seen to starve for more than 10 s.
+What is measured under traffic is of an engine that leaves one core to others, as it has to on a machine with few of
+them: with traffic on all, whoever asks it something was seen to starve for more than 10 s.
 
 The write, the undo and their reading back are timed in the rank, everything else as a caller sees it. Places are read
 back as they are written, which counts as the write; clearing the KV cache, which going back does, is apart. All parts
@@ -38,12 +40,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.distribute import distribute
 from benchmarks.live import CALL_DEADLINE_S, Server, Windows
 from benchmarks.report import Report, progress
 from benchmarks.swap import reload
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from live_processes import Processes
+from live_processes import Processes, free_port
 from random_llama import make_checkpoint
 
 RUNS, RUNS_QUICK = 11, 5
@@ -51,6 +54,7 @@ GAPS, GAPS_QUICK = 5, 3
 WARM_UP = 1
 STREAMS = 4
 UNDISTURBED_S = 3.0
+LIMIT = "100MB"
 Seconds = dict[str, list[float]]
 
 
@@ -214,6 +218,36 @@ def serving_shares(server: Server, windows: Windows, folder: Path, base: Path, w
     return found
 
 
+def fetching_shares(server: Server, folder: Path, stages: Path, count: int) -> Seconds:
+    """Tokens a second while an agent fetches a version from another: as fast as it can, and within LIMIT."""
+    from hotweights.worker_client.config import load_config
+
+    limits = {"fetching": "", "fetching_within_limit": LIMIT}
+    found: Seconds = {f"{name}{part}": [] for name in limits for part in ("", "_alone")}
+    for run in range(count):
+        for name, limit in limits.items():
+            port, here = free_port(), stages / f"{name}{run}"
+            here.mkdir()
+            endpoint = f"tcp://127.0.0.1:{port}"
+            with Processes(here, {"HOTWEIGHTS_BANDWIDTH_MAX": limit}) as processes:
+                serve = ["hotweights.cli", "coord-serve", "--endpoint", endpoint, "--store", "memory:"]
+                processes.start("coordinator", serve)
+                for node in ("publisher", "reader"):
+                    stage = ["--node", node, "--stage-dir", str(here / node)]
+                    processes.start(node, ["hotweights.cli", "agent", "--endpoint", endpoint, *stage])
+                config = load_config({"HOTWEIGHTS_STAGE_DIR": str(here / "publisher"), "HOTWEIGHTS_NODE": "publisher"})
+                with Traffic(server, STREAMS).flowing() as traffic:
+                    before = span(lambda: asyncio.sleep(UNDISTURBED_S))
+                    took = asyncio.run(distribute(endpoint, config, folder, "m", ["reader"]))
+                    during = time.perf_counter() - took, time.perf_counter()
+                alone, rate = traffic.rate(*before), traffic.rate(*during)
+            found[f"{name}_alone"].append(alone)
+            found[name].append(rate)
+            progress(f"{name} {run}: {rate:.0f} tokens/s for {took:.1f} s, alone {alone:.0f}")
+            shutil.rmtree(here)
+    return found
+
+
 def span(work: Callable[[], Awaitable[object]]) -> tuple[float, float]:
     """When it began and ended."""
 
@@ -253,12 +287,13 @@ def main() -> int:
             for mode, name in (("keep", "gap"), ("recompute", "gap_recompute")):
                 taken |= client_gaps(server, windows, staged["full"], staged["base"], gaps, mode, name)
             taken |= serving_shares(server, windows, disk[1], staged["base"], work, gaps)
+            taken |= fetching_shares(server, disk[1], staging, gaps)
             server.close()
         finally:
             shutil.rmtree(staging)
     report = Report("apply", runs)
     for part, values in taken.items():
-        rate = part in ("undisturbed", "staging", "preparing", "disturbed")
+        rate = part in ("undisturbed", "staging", "preparing", "disturbed") or part.startswith("fetching")
         unit = "bytes" if part.endswith("bytes") else "tokens/s" if rate else "s"
         report.median(part if unit != "s" else f"{part}_s", values, unit)
     report.ratio("full_time", taken["full_write"], taken["memcpy"])
@@ -269,7 +304,9 @@ def main() -> int:
     allowed = [pause + step for pause, step in zip(taken["gap_pause"], taken["gap_step"], strict=True)]
     report.ratio("client_gap", taken["gap"], allowed)
     report.ratio("serving_share", taken["disturbed"], taken["undisturbed"])
-    report.skip("serving_share_bandwidth_max", "there is no --bandwidth-max yet")
+    report.ratio("fetching_share", taken["fetching"], taken["fetching_alone"])
+    limited = taken["fetching_within_limit"], taken["fetching_within_limit_alone"]
+    report.ratio("fetching_share_bandwidth_max", *limited)
     report.emit(as_json=arguments.json)
     return 0
 

@@ -22,12 +22,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks import netns
+from benchmarks.distribute import distribute
 from benchmarks.report import Report, progress
 
 COUNTS = (1, 2, 4, 8, 16)
@@ -36,7 +36,6 @@ MIB = 1 << 20
 IMAGE_MIB, IMAGE_MIB_QUICK = 128, 32
 RUNS, RUNS_QUICK = 3, 1
 PORT = 55177
-DEADLINE_S = 180.0
 ENDPOINT = f"tcp://{netns.HERE}:{PORT}"
 Times = dict[str, list[float]]
 
@@ -52,38 +51,6 @@ def make_image(folder: Path, size_bytes: int) -> Path:
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text("{}")
     return folder
-
-
-class Replica:
-    """Stands for an engine on a node: notes when it is asked to prepare."""
-
-    def __init__(self, node: str, model: str) -> None:
-        from hotweights.wire.endpoint import parse_endpoint
-        from hotweights.worker_client.session import Session
-
-        self.node, self._model = node, model
-        self.prepares = asyncio.Event()
-        self.welcome = asyncio.Event()
-        self._session = Session(
-            parse_endpoint(ENDPOINT), self._hello, self._on_order, on_welcome=lambda _: self.welcome.set()
-        )
-        self._running = asyncio.ensure_future(self._session.run())
-
-    async def close(self) -> None:
-        await self._session.close()
-        await self._running
-
-    def _hello(self):  # type: ignore[no-untyped-def]
-        from hotweights.v1 import worker_service_pb2 as pb
-
-        replica = pb.ReplicaHello(replica_id=f"{self._model}-{self.node}", model=self._model, engine="none")
-        replica.ranks.add(index=0, node_id=self.node, pid=1)
-        return pb.Hello(replica=replica)
-
-    async def _on_order(self, order) -> str:  # type: ignore[no-untyped-def]
-        if order.WhichOneof("action") == "prepare":
-            self.prepares.set()  # and no more: the update is cancelled then, and the image may go
-        return ""
 
 
 class Fleet:
@@ -135,11 +102,6 @@ class Fleet:
 
         With `dies` that node's agent, counted from 0, is killed when half of the expected time is over.
         """
-        from hotweights.v1 import coordinator_service_pb2 as pb
-        from hotweights.v1 import coordinator_service_pb2_grpc as rpc
-        from hotweights.wire.channel import open_channel
-        from hotweights.wire.endpoint import parse_endpoint
-        from hotweights.worker_client.agent_client import AgentClient
         from hotweights.worker_client.config import load_config
 
         self._versions += 1
@@ -147,43 +109,25 @@ class Fleet:
         folder = make_image(self._stages / f"image{self._versions}", size_bytes)
         publisher, taking = self._nodes[0], self._nodes[1 : count + 1]
         config = load_config({"HOTWEIGHTS_STAGE_DIR": str(self._stages / publisher.name), "HOTWEIGHTS_NODE": "here"})
-        agent, channel = AgentClient(config), open_channel(parse_endpoint(ENDPOINT))
-        coordinator = rpc.CoordinatorServiceStub(channel)
-        replicas = [Replica(node.name, model) for node in taking]
-        try:
-            await until(config.agent_socket.exists, "the publisher's agent")
-            await agent.publish_folder(folder, model, "v1")
-            for replica in replicas:
-                await asyncio.wait_for(replica.welcome.wait(), DEADLINE_S)
-            nodes = {node.name for node in (publisher, *taking)}
+        sent = 0
 
-            missing, ends = nodes, time.monotonic() + DEADLINE_S
-            while missing:
-                if time.monotonic() > ends:
-                    raise TimeoutError(f"no agent on {sorted(missing)}")
-                listed = await coordinator.ListNodes(pb.ListNodesRequest(page_size=100), timeout=10)
-                missing = nodes - {node.id for node in listed.nodes if node.connected}
-                await asyncio.sleep(0.1)
+        def begin() -> None:
+            nonlocal sent
             sent = sent_bytes(publisher)
-            begun = time.perf_counter()
-            started = await coordinator.StartUpdate(pb.StartUpdateRequest(model=model, version="v1"), timeout=20)
-            if dies is not None:
-                await asyncio.sleep(size_bytes * 8 / (MBIT * 1e6) / 2)
-                self.kill_agent(taking[dies])
-            others = [
-                replica for replica, node in zip(replicas, taking, strict=True) if dies is None or node != taking[dies]
-            ]
-            waiting = [asyncio.wait_for(replica.prepares.wait(), DEADLINE_S) for replica in others]
-            await asyncio.gather(*waiting)
-            took = time.perf_counter() - begun
-            await coordinator.CancelUpdate(pb.CancelUpdateRequest(id=started.update.id), timeout=20)
+
+        async def meanwhile() -> set[str]:
+            if dies is None:
+                return set()
+            await asyncio.sleep(size_bytes * 8 / (MBIT * 1e6) / 2)
+            self.kill_agent(taking[dies])
+            return {taking[dies].name}
+
+        names = [node.name for node in taking]
+        try:
+            took = await distribute(ENDPOINT, config, folder, model, names, begin=begin, meanwhile=meanwhile)
             return took, (sent_bytes(publisher) - sent) / size_bytes
         finally:
             shutil.rmtree(folder)
-            for replica in replicas:
-                await replica.close()
-            await agent.close()
-            await channel.close()
             if dies is not None:
                 self.start_agent(taking[dies])
 
@@ -191,14 +135,6 @@ class Fleet:
 def sent_bytes(node: netns.Node) -> int:
     """That came from the node to the bridge so far."""
     return int(Path(f"/sys/class/net/{node.name}-out/statistics/rx_bytes").read_text())
-
-
-async def until(holds, what: str) -> None:  # type: ignore[no-untyped-def]
-    ends = time.monotonic() + DEADLINE_S
-    while not holds():
-        if time.monotonic() > ends:
-            raise TimeoutError(what)
-        await asyncio.sleep(0.1)
 
 
 async def measure(fleet: Fleet, counts: tuple[int, ...], size_bytes: int, runs: int, name: str) -> Times:
