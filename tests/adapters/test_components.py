@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from hotweights.adapters.components import NotTogether, Source, Together, model_of, source
 from hotweights.adapters.fingerprint import fingerprint
 from hotweights.adapters.kind import kind
-from hotweights.adapters.mapped import Mismatch
 from hotweights.adapters.rank import Rank
 
 needs_vllm = [
@@ -190,7 +189,7 @@ def test_a_version_that_has_two_for_the_one_they_share_is_refused(tmp_path: Path
 
 def test_a_version_without_the_draft_is_refused(tmp_path: Path) -> None:
     one, two = version(tmp_path / "v1", 1), version(tmp_path / "v2", 2, draft="")
-    with pytest.raises(Mismatch, match="tensors of the model are not in the image, first draft/"):
+    with pytest.raises(NotTogether, match="the version has no draft model"):
         prepared(Rank(a_worker(one, one / "draft")), two, one)
 
 

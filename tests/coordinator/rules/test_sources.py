@@ -19,7 +19,7 @@ def bench() -> Bench:
 
 
 def left(bench: Bench, node: str, source: str, reason: str = "stalls", *, lied: bool = False) -> None:
-    bench.do(e.SourceLeft(bench.now, node, bench.sessions[node], bench.update.id, source, reason, lied))
+    bench.do(e.SourceLeft(bench.now, node, bench.sessions[node], bench.update.id, "d2", source, reason, lied))
 
 
 def notes(bench: Bench, kind: NoteKind) -> list[str]:
@@ -60,6 +60,15 @@ def test_two_nodes_do_until_its_agent_is_started_again(bench: Bench) -> None:
     bench.leaves("n1")
     bench.agent("n1", "d2", life=7)
     assert not bench.state.nodes["n1"].quarantine
+
+
+def test_who_was_not_told_to_fetch_accuses_nobody(bench: Bench) -> None:
+    bench.agent("n8")
+    bench.agent("n9")
+    for node in ("n8", "n9"):
+        left(bench, node, "n1", "sent wrong bytes", lied=True)
+    bench.do(e.SourceLeft(bench.now, "n2", bench.sessions["n2"], "another", "d2", "n1", "sent wrong bytes", True))
+    assert not bench.state.nodes["n1"].accusers
 
 
 def test_nobody_is_told_to_fetch_from_who_is_in_quarantine(bench: Bench) -> None:

@@ -12,7 +12,9 @@ from tests.worker_client.stage.checkpoints import contents, make_image
 from hotweights.transports import base
 from hotweights.transports.base import Connection, Server
 from hotweights.transports.errors import NotHeld, NotYet, PeerGone
+from hotweights.transports.pace import Pace
 from hotweights.transports.tcp import TcpTransport
+from hotweights.transports.tcp_server import Limits
 from hotweights.v1.worker_service_pb2 import Source
 from hotweights.worker_client.image.manifest import Image
 from hotweights.worker_client.image.reader import BucketReader
@@ -222,6 +224,76 @@ async def test_a_source_that_sends_wrong_bytes_is_left_for_good(
     assert sum(nodes[0].asked.values()) <= 2 * fetch.WRONG_MAX + fetch.PARALLEL
     assert {(left.source_node_id, left.lied) for left in tally.left} == {("node-0", True)}
     assert "wrong bytes" in tally.left[0].reason
+
+
+async def test_a_source_that_only_says_a_little_more_each_time_is_left(
+    image: Image, nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers at once, and never has the bucket."""
+    monkeypatch.setattr(fetch, "STALL_S", 0.2)
+
+    class Talker:
+        said = 0
+
+        async def read_into(self, *_: object, **__: object) -> None:
+            Talker.said += 1
+            raise NotYet(image.digest, Talker.said)
+
+        async def close(self) -> None: ...
+
+    async def open_source(source: Source) -> Connection:
+        return Talker() if source.node_id == "talker" else await connect(source)
+
+    wanted = [Source(node_id="talker", staging=True), *sources(nodes)]
+    tally = Tally()
+    await asyncio.wait_for(Fetch(partial, wanted, open_source, no_progress, tally=tally).run(), 10)
+    assert contents(partial.folder) == contents(image.folder)
+    assert Talker.said < 100
+    assert tally.left[0].source_node_id == "talker"
+
+
+async def test_a_source_that_never_begins_is_passed_over_and_is_nobodys_failure(
+    image: Image, nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "STALL_S", 0.2)
+    nodes[0].holds = False
+    tally = Tally()
+    await asyncio.wait_for(Fetch(partial, sources(nodes), connect, no_progress, tally=tally).run(), 10)
+    assert contents(partial.folder) == contents(image.folder)
+    assert tally.left == []
+
+
+async def test_a_source_whose_agent_was_started_again_begins_anew(
+    image: Image, nodes: list[Node], partial: Partial
+) -> None:
+    wanted = sources(nodes[:1], token=b"old")
+    wanted[0].staging = False
+
+    async def open_source(source: Source) -> Connection:
+        if source.token == b"old":
+            wanted[0] = Source(node_id="node-0", data_endpoint=source.data_endpoint, token=b"good")
+        return await connect(source)
+
+    with pytest.raises(SourcesFailed):
+        await Fetch(partial, sources(nodes[:1], token=b"old"), connect, no_progress).run()
+    await asyncio.wait_for(Fetch(partial, wanted, open_source, no_progress).run(), 10)
+    assert contents(partial.folder) == contents(image.folder)
+
+
+async def test_a_limit_that_a_bucket_takes_long_for_does_not_cost_the_connection(
+    image: Image, partial: Partial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sources keep no connection open for who asks nothing."""
+    monkeypatch.setattr(fetch, "LINGER_S", 0.05)
+    node = Node(image)
+    server = await TcpTransport(Limits(hello_s=0.1, idle_s=0.1)).serve(
+        node, "127.0.0.1:0", check=lambda token, image: True
+    )
+    source = Source(node_id="node", data_endpoint=server.address, token=b"good")
+    pace = Pace(400_000)  # a bucket in 0.16 s
+    await asyncio.wait_for(Fetch(partial, [source], connect, no_progress, pace=pace).run(), 20)
+    assert contents(partial.folder) == contents(image.folder)
+    await server.close()
 
 
 async def test_no_source_at_all_is_an_error(partial: Partial) -> None:

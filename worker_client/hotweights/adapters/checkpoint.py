@@ -13,6 +13,7 @@ def checkpoint_folder(model_config: Any) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
+        found = snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True)
+        return Path(found).resolve()
     except (HFValidationError, LocalEntryNotFoundError):
         return None

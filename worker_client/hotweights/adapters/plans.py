@@ -60,8 +60,8 @@ class Plans:
                 self._why_not = str(error)
                 log.warning("no load plan: %s", error)
             self._key = key
-            if isinstance(model, Together) and self._plan is not None:
-                model.left_out = self._plan.left_out
+        if isinstance(model, Together) and self._plan is not None:
+            model.left_out = self._plan.left_out
         return self._plan
 
     def check_together(self, model: torch.nn.Module, image: MappedImage) -> None:

@@ -136,6 +136,8 @@ class Rank:
                 "the version has a draft model, in its folder draft, but the engine loaded its own from another place: "
                 'start it with speculative_config {"model": CHECKPOINT/draft}, where CHECKPOINT is its --model'
             )
+        if draft and not has_draft(folder):
+            raise NotTogether("the version has no draft model, and the engine's is of its checkpoint: publish both")
         image = MappedImage(folder, name_map, draft=draft)
         try:
             served = self._served_specs()

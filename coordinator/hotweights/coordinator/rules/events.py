@@ -76,6 +76,7 @@ class SourceLeft(FromMember):
     """`lied`: it sent wrong bytes more than once."""
 
     update: str
+    digest: str
     source: str
     reason: str
     lied: bool

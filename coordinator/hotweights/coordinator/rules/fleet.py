@@ -185,7 +185,7 @@ def _models_of(turn: Turn, digests: frozenset[str]) -> set[str]:
 
 def note_available(turn: Turn) -> None:
     """Versions that a verified holder brought within reach for the first time."""
-    held = frozenset().union(*(n.held for n in turn.nodes.values() if n.connected))
+    held = frozenset().union(*(n.held for n in turn.nodes.values() if n.connected and not n.quarantine))
     for key, version in list(turn.versions.items()):
         if version.digest in held and not version.available_once:
             turn.versions.put(key, replace(version, available_once=True))

@@ -32,6 +32,8 @@ def source_left(turn: Turn, node: Node, event: e.SourceLeft) -> None:
     source = turn.nodes.get(event.source)
     if not event.lied or source is None or source.quarantine or event.source == node.id:
         return
+    if update is None or not update.phase.is_open or effort is None or (node.id, event.digest) not in effort.asked:
+        return  # nobody told it to fetch that
     accused = replace(source, accusers=source.accusers | {node.id})
     turn.nodes.put(accused.id, accused)
     if accused.quarantine:
@@ -40,7 +42,6 @@ def source_left(turn: Turn, node: Node, event: e.SourceLeft) -> None:
             f"node {accused.id} {accused.quarantine}: nobody is told to fetch from it until its agent is started again",
             node=accused.id,
         )
-        note_available(turn)
 
 
 def staged(turn: Turn, node: Node, event: e.Staged) -> None:

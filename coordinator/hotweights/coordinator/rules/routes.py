@@ -10,23 +10,20 @@ one before that, and so on to the seeds.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hotweights.coordinator.rules.records import OUT, UpdateRecord
+from hotweights.coordinator.rules.records import UpdateRecord
 from hotweights.coordinator.rules.turn import Turn
 
 FALLBACKS_MAX = 4
 
 
 def route(turn: Turn, update: UpdateRecord, digest: str, node: str) -> tuple[str, ...]:
-    """Where a node is to get an image that the update needs: the last of the chain is who joins it.
+    """Where a node is to get an image that the update needs: it is the last of the chain, which the effort keeps.
 
-    The update's effort keeps the chain. Nodes in quarantine are passed over.
+    So whoever stands before it was told to get the image. Nodes in quarantine are passed over.
     """
     effort = turn.efforts[update.id]
     holders = sorted(holder.id for holder in turn.holders(digest))
-    chain = effort.chains.get(digest)
-    if chain is None:
-        nodes = {name for member in update.members.values() if member.outcome not in OUT for name in member.nodes}
-        chain = tuple(sorted(nodes - set(holders)))
+    chain = effort.chains.get(digest, ())
     if node not in (*chain, *holders):
         chain = (*chain, node)
     turn.efforts.put(update.id, replace(effort, chains={**effort.chains, digest: chain}))

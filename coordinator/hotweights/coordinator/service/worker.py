@@ -219,7 +219,8 @@ def _report(who: tuple[float, str, str], report: pb.Report) -> e.Event | None:
             return e.StageProgressed(*who, update, digest, progress.bytes_done, progress.bytes_total, source, rate)
         case "source_left":
             left = report.source_left
-            return e.SourceLeft(*who, update, bounds.text(left.source_node_id), bounds.text(left.reason), left.lied)
+            digest, source = bounds.digest(left.manifest_digest), bounds.text(left.source_node_id)
+            return e.SourceLeft(*who, update, digest, source, bounds.text(left.reason), left.lied)
         case "staged":
             return e.Staged(*who, update, bounds.digest(report.staged.manifest_digest))
         case "stage_failed":

@@ -126,10 +126,12 @@ class DataPort:
     def at_hand(self, image: bytes, file: int, offset: int, size: int) -> memoryview | None:
         """See BucketSource."""
         self.served_at = time.monotonic()
+        partial = self._stage.filling(image)  # before what is held, which it becomes
         if (manifest := self._stage.peek(image)) is not None:
             return self._staged(manifest, image, file, offset, size)
-        partial = self._stage.filling(image) if self._folders.peek(image) is None else None
-        return None if partial is None else _coming(partial, image, file, offset, size)
+        if partial is None or self._folders.peek(image) is not None:
+            return None
+        return _coming(partial, image, file, offset, size)
 
     def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
         """See BucketSource. In a thread."""
@@ -146,6 +148,8 @@ class DataPort:
 
     async def until_more(self, image: bytes) -> None:
         """See BucketSource."""
+        if self._stage.filling(image) is None:
+            return
         arrival = self._arrivals.setdefault(image, asyncio.get_running_loop().create_future())
         await asyncio.shield(arrival)
 
@@ -168,6 +172,9 @@ class DataPort:
             handle = os.open(self._stage.root / image.hex() / files[file].name, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:  # it went this instant
             raise NotHeld(image, file, offset, size, "it was given up") from error
+        if os.fstat(handle).st_size != files[file].size_bytes:
+            os.close(handle)
+            raise NotHeld(image, file, offset, size, "its file was altered")
         try:
             # Stays mapped while the view lives, even if the image goes meanwhile.
             return memoryview(mmap.mmap(handle, files[file].size_bytes, prot=mmap.PROT_READ))[offset : offset + size]

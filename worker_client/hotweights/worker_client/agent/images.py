@@ -84,8 +84,9 @@ class Images:
             self._staging[digest] = staging
             staging.task.add_done_callback(lambda _: self._tidy(digest))
         else:
-            known = {source.node_id for source in staging.sources}
-            staging.sources += [source for source in sources if source.node_id not in known]
+            fresh = {source.node_id: source for source in sources}  # of an agent that was started again too
+            staging.sources[:] = [fresh.pop(source.node_id, source) for source in staging.sources]
+            staging.sources += fresh.values()
         return staging
 
     def _tidy(self, digest: bytes) -> None:

@@ -68,7 +68,7 @@ class Orders:
                 progress.source_node_id, progress.bytes_per_s = work.tally.source, work.tally.bytes_per_s
                 report.stage_progress.CopyFrom(progress)
                 self._report(_copied(report))
-                told = self._tell_left(report, work.tally.left, told)
+                told = self._tell_left(report, digest, work.tally.left, told)
             work.task.result()
         except EXPECTED as error:
             reason = as_refusal(error).message
@@ -77,15 +77,15 @@ class Orders:
         else:
             failpoints.hit("stage.report")
             report.staged.CopyFrom(pb.Staged(manifest_digest=digest))
-        self._tell_left(report, work.tally.left, told)
+        self._tell_left(report, digest, work.tally.left, told)
         self._report(report)
 
-    def _tell_left(self, report: pb.Report, left: Sequence[pb.SourceLeft], told: int) -> int:
+    def _tell_left(self, report: pb.Report, digest: bytes, left: Sequence[pb.SourceLeft], told: int) -> int:
         """Reports the sources that were left since `told` of them were."""
         for source in left[told:]:
             more = _copied(report)
             more.source_left.CopyFrom(source)
-            more.source_left.manifest_digest = report.stage_progress.manifest_digest
+            more.source_left.manifest_digest = digest
             self._report(more)
         return len(left)
 

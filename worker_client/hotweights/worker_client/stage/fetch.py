@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 PARALLEL = 2  # buckets on their way at once: as many are between one node of a chain and the next
 STALL_S = 5.0
+SLOW_RATE = 2e6  # bytes a second of a link on which a source is given longer than STALL_S for a few buckets
+LINGER_S = 5.0  # a connection that is not used for longer is closed
 RATE_MIN = 200e3  # bytes a second of one bucket, below which its source is left;
 BUCKET_DEADLINE_S = 30.0  # not before this: many flows on one link are not equally lucky
 HASHED_HERE_BYTES = 512 << 10  # 0.15 ms: a thread takes longer to hear of it
@@ -65,6 +67,8 @@ class Tally:
 class _Standing:
     """How a source has done lately."""
 
+    way: tuple[str, bytes]
+    """Where it was, and what was shown to it."""
     failures: int = 0
     rests_until: float = 0.0
     out: bool = False
@@ -122,18 +126,21 @@ class Fetch:
         try:
             while self._todo:
                 index = self._todo.popleft()
+                size = self._partial.manifest.buckets[index].size_bytes
                 source = await self._choose()
                 if source is None:
                     raise SourcesFailed(self._partial.digest, self._reasons())
-                if connection is not None and used is not source:
+                if connection is not None and (used is not source or self._pace.delay_s(size) > LINGER_S):
                     await connection.close()
                     connection = None
+                await self._pace.take(size)  # before the connection, which a source does not keep for who does not ask
                 try:
                     if connection is None:
                         connection, used = await self._open_source(source), source
                     await self._receive(connection, source, index)
                 except (NotYet, NotHeld) as error:
                     self._todo.appendleft(index)
+                    self._pace.give_back(size)
                     await self._wait_for(source, error)
                 except (TransportError, WrongBytes) as error:
                     self._todo.appendleft(index)
@@ -149,7 +156,7 @@ class Fetch:
         """The first source that may be asked now; waits for one that rests if there is no other."""
         loop = asyncio.get_running_loop()
         while True:
-            usable = [source for source in self._sources if not self._standing(source).out]
+            usable = [source for source in self._sources if not self._is_out(source)]
             now = loop.time()
             for source in usable:
                 if self._standing(source).rests_until <= now:
@@ -158,9 +165,11 @@ class Fetch:
                 return None
             await asyncio.sleep(min(self._standing(source).rests_until for source in usable) - now)
 
+    def _is_out(self, source: Source) -> bool:
+        return self._standing(source).out or self._wrong[source.node_id] >= WRONG_MAX
+
     async def _receive(self, connection: Connection, source: Source, index: int) -> None:
         bucket = self._partial.manifest.buckets[index]
-        await self._pace.take(bucket.size_bytes)
         with self._partial.view(index) as place:
             await connection.read_into(
                 self._partial.digest,
@@ -191,32 +200,49 @@ class Fetch:
             self._struck(source, error)
             return
         held_bytes = error.held_bytes if isinstance(error, NotYet) else 0
-        if held_bytes > standing.held_bytes:
+        if held_bytes > self._partial.bytes_total:
+            self._struck(source, Stalled(f"says that it has {held_bytes} bytes of {self._partial.bytes_total}"))
+        elif standing.held_bytes < 0 or self._is_growth(standing.held_bytes, held_bytes):
             standing.held_bytes, standing.grew_at = held_bytes, now
-        elif now - standing.grew_at > STALL_S:
-            self._struck(source, Stalled(f"has got nothing of the image for {STALL_S:g} s"))
+        elif now - standing.grew_at > self._stall_s:
+            if held_bytes:
+                self._struck(source, Stalled(f"has got nothing of the image for {self._stall_s:g} s"))
+            else:  # it has not begun, which is nobody's failure: others are asked for a while
+                standing.rests_until = now + self._stall_s
             standing.grew_at = standing.rests_until  # when it is asked again it has as long again
-        elif isinstance(error, NotHeld):
-            await asyncio.sleep(ASK_AGAIN_S)
+        await asyncio.sleep(ASK_AGAIN_S)
+
+    def _is_growth(self, before: int, held_bytes: int) -> bool:
+        """By a bucket at least, or to the end: one that only says a little more each time is waited for no longer."""
+        step = min(self._partial.manifest.bucket_bytes, self._partial.bytes_total - before)
+        return held_bytes > before and held_bytes - before >= step
+
+    @property
+    def _stall_s(self) -> float:
+        """Of a healthy source on a slow link a few large buckets take longer than STALL_S."""
+        return max(STALL_S, 2 * self._parallel * self._partial.manifest.bucket_bytes / SLOW_RATE)
 
     def _struck(self, source: Source, error: Exception) -> None:
         standing = self._standing(source)
+        was_out = standing.out
         standing.failures += 1
         standing.why = str(error)
-        standing.out = (
-            isinstance(error, NotHeld | TokenRefused)
-            or standing.failures >= FAILURES_MAX
-            or self._wrong[source.node_id] >= WRONG_MAX
-        )
+        lied = self._wrong[source.node_id] >= WRONG_MAX
+        standing.out = isinstance(error, NotHeld | TokenRefused) or standing.failures >= FAILURES_MAX or lied
         standing.rests_until = asyncio.get_running_loop().time() + REST_S * 2 ** (standing.failures - 1)
         log.warning("source %s: %s%s", source.node_id, error, "; given up" if standing.out else "")
-        lied = self._wrong[source.node_id] >= WRONG_MAX
-        if (standing.out or isinstance(error, Stalled)) and len(self._tally.left) < LEFT_MAX:
+        is_news = not was_out and (standing.out or isinstance(error, Stalled))
+        if is_news and len(self._tally.left) < LEFT_MAX:
             left = SourceLeft(source_node_id=source.node_id, reason=standing.why, lied=lied)
             self._tally.left.append(left)
 
     def _standing(self, source: Source) -> _Standing:
-        return self._standings.setdefault(source.node_id, _Standing())
+        """One whose agent was started again, at another place or with another token, begins anew."""
+        way = source.data_endpoint, source.token
+        standing = self._standings.get(source.node_id)
+        if standing is None or standing.way != way:
+            standing = self._standings[source.node_id] = _Standing(way)
+        return standing
 
     def _reasons(self) -> list[str]:
         return [f"{node}: {standing.why}" for node, standing in self._standings.items() if standing.why]

@@ -240,9 +240,9 @@ class Stage:
             failpoints.hit("stage.rename.before")
             partial.folder.replace(folder)
             failpoints.hit("stage.rename.after")
-            del self._filling[partial.digest]
             self._held[partial.digest] = partial.manifest
             self._stamps[partial.digest] = stamps
+            del self._filling[partial.digest]  # last: who looks without the lock finds one or the other
             return folder
 
     def abandon(self, partial: Partial) -> None:
