@@ -1,12 +1,12 @@
 """What a person sees while nodes get an image: from whom, how fast, how long still, and who is in quarantine."""
 
 import io
+import sys
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from hotweights.cli import progress
 from hotweights.cli.output import Table
 from hotweights.cli.progress import BARS_MAX, Bar
 from hotweights.cli.status import node_table, update_tables
@@ -41,17 +41,22 @@ def test_a_node_in_quarantine_says_why() -> None:
     assert rows_of([node_table([node])], "nodes")[0]["QUARANTINE"] == "sent wrong bytes to nodes a, b"
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """A terminal that is written to a text."""
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
     monkeypatch.setattr("rich.console.Console", lambda **_: console)
-    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
     return screen
 
 
-def test_on_a_terminal_every_node_has_a_bar(screen: io.StringIO) -> None:
+def test_on_a_terminal_every_node_has_a_bar(screen: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())  # here: pytest sets its own before each test
     update = staging(BARS_MAX + 4)
     with Bar("staging v2", wanted=True) as bar:
         bar.each(update.nodes)
