@@ -73,12 +73,14 @@ async def distribute(
         await agent.publish_folder(folder, model, "v1")
         for replica in replicas:
             await asyncio.wait_for(replica.welcome.wait(), DEADLINE_S)
-        missing, ends = set(nodes), time.monotonic() + DEADLINE_S
-        while missing:
+        missing, held, ends = set(nodes), False, time.monotonic() + DEADLINE_S
+        while missing or not held:
             if time.monotonic() > ends:
-                raise TimeoutError(f"no agent on {sorted(missing)}")
+                raise TimeoutError(f"no agent on {sorted(missing)}" if missing else "the publisher is not there")
             listed = await coordinator.ListNodes(pb.ListNodesRequest(page_size=100), timeout=10)
             missing = set(nodes) - {node.id for node in listed.nodes if node.connected}
+            found = await coordinator.GetVersion(pb.GetVersionRequest(model=model, version="v1"), timeout=10)
+            held = bool(found.version.holder_node_ids)
             await asyncio.sleep(0.1)
         begin()
         begun = time.perf_counter()
