@@ -45,7 +45,7 @@ def make_image(folder: Path, size_bytes: int) -> Path:
     import numpy as np
     from safetensors.numpy import save_file
 
-    folder.mkdir()
+    folder.mkdir(parents=True)
     numbers = np.random.default_rng()
     tensors = {f"layer.{n}": numbers.integers(0, 255, size_bytes // 8, np.uint8) for n in range(8)}
     save_file(tensors, folder / "model.safetensors")

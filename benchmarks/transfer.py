@@ -83,13 +83,13 @@ def receive_plain(address: str, folder: Path) -> float:
 
 
 class Memory:
-    """A source of one file in memory."""
+    """A source of a folder's files in memory, in the order of their names."""
 
-    def __init__(self, data: memoryview) -> None:
-        self._data = data
+    def __init__(self, folder: Path) -> None:
+        self._files = [memory_of(file) for file in sorted(folder.iterdir())]
 
     def at_hand(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
-        return self._data[offset : offset + size]
+        return self._files[file][offset : offset + size]
 
     def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
         return self.at_hand(image, file, offset, size)
@@ -102,8 +102,7 @@ def send_tcp(pipe: Connection, folder: Path) -> None:
     from hotweights.transports.tcp import TcpTransport
 
     async def serve() -> None:
-        source = Memory(memory_of(folder / "model.safetensors"))
-        server = await TcpTransport().serve(source, check=lambda token, image: True)
+        server = await TcpTransport().serve(Memory(folder), check=lambda token, image: True)
         pipe.send(server.address)
         await asyncio.Event().wait()
 
