@@ -4,14 +4,14 @@ import sys
 from collections.abc import Sequence
 
 from hotweights.cli.main import main
-from hotweights.coordinator.rules import routes
+from hotweights.coordinator.rules import chains
 
 
 def star(node: str, chain: Sequence[str], holders: Sequence[str]) -> tuple[str, ...]:
-    """In place of routes.sources_of."""
+    """In place of chains.sources_of."""
     return tuple(holder for holder in holders if holder != node)
 
 
 if __name__ == "__main__":
-    vars(routes)["sources_of"] = star
+    vars(chains)["sources_of"] = star
     sys.exit(main())

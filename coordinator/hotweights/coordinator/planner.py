@@ -1,8 +1,8 @@
 """How an update would go, without starting it."""
 
 from hotweights.coordinator.rules.catalogue import base_of, check_start, version_named
+from hotweights.coordinator.rules.chains import sources_of
 from hotweights.coordinator.rules.records import Options
-from hotweights.coordinator.rules.routes import sources_of
 from hotweights.coordinator.rules.state import Seat, State
 from hotweights.coordinator.rules.turn import Turn
 from hotweights.coordinator.rules.waves import plan_waves

@@ -15,6 +15,7 @@ likes. A replica in doubt is rolled back, never assumed untouched.
 from dataclasses import replace
 
 from hotweights.coordinator.rules.agreement import doubt_restored, note_differences
+from hotweights.coordinator.rules.chains import route
 from hotweights.coordinator.rules.orders import Declined, End, NoteKind, Prepare, Stage
 from hotweights.coordinator.rules.records import (
     OUT,
@@ -26,7 +27,6 @@ from hotweights.coordinator.rules.records import (
     Phase,
     UpdateRecord,
 )
-from hotweights.coordinator.rules.routes import route
 from hotweights.coordinator.rules.turn import Turn
 from hotweights.coordinator.rules.waves import share
 from hotweights.coordinator.rules.windows import effort_of, tell_apply, window_is_out
