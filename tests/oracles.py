@@ -7,13 +7,12 @@ long as the checkpoint's recipe and the engine's shape are the same.
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import warm
 from tests.models import make_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -54,13 +53,7 @@ def ask_fresh_engine(folder: Path, shape: Shape) -> Oracle:
     """Of an engine that is started for this and ended."""
     prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
     engine = ["--dtype", shape.dtype, "--tensor-parallel-size", str(shape.tensor_parallel)]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "oracle.py"), str(folder), *engine, *prompts],
-        capture_output=True,
-        text=True,
-        timeout=ENGINE_DEADLINE_S,
-        check=False,
-    )
+    done = warm.run(EXAMPLES / "oracle.py", str(folder), *engine, *prompts, deadline_s=ENGINE_DEADLINE_S)
     assert done.returncode == 0, done.stderr[-4000:]
     answer: Any = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
     outputs, tokens, margins = (

@@ -8,7 +8,6 @@ import contextlib
 import gc
 import json
 import os
-import subprocess
 import sys
 import threading
 import warnings
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from tests import warm
 
 HERE = Path(__file__).parent
 START_DEADLINE_S = float(os.environ.get("TEST_START_DEADLINE_S", "240"))  # more on a machine that is busy otherwise
@@ -50,6 +50,7 @@ class LiveEngine:
             VLLM_LOGGING_LEVEL=os.environ.get("TEST_VLLM_LOGGING", "ERROR"),
             VLLM_WORKER_MULTIPROCESSING_METHOD="spawn",
         )
+        warm.use()
         self.base = folder
         if str(HERE) not in sys.path:
             sys.path.insert(0, str(HERE))  # a spawned worker gets this path too, and imports the extension from it
@@ -172,8 +173,7 @@ async def _shut_down(llm: Any) -> None:
 
 def fresh_oracle(folder: Path, **arguments: Any) -> Oracle:
     """Of an engine started for this, in a process of its own."""
-    command = [sys.executable, __file__, str(folder), json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=START_DEADLINE_S, check=False)
+    done = warm.run(Path(__file__), str(folder), json.dumps(arguments), deadline_s=START_DEADLINE_S)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
     return Oracle(answer["tokens"], bytes.fromhex(answer["fingerprint"]))

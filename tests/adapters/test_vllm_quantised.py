@@ -39,12 +39,13 @@ def test_what_is_processed_is_swapped_undone_and_fails_as_a_whole(
 ) -> None:
     make: Make = make_int4_model if kind == "int4" else mixtral
     one, two = (make(tmp_path / f"v{seed}", seed) for seed in (1, 2))
-    recorded.begin("engine", "int4" if kind == "int4" else "mixtral", 1)
     after = fresh(two, 1)
     engine = ArchitectureEngine(one, 1)
+    recorded.begin("class" if engine.is_mute else "engine", "int4" if kind == "int4" else "mixtral", 1)
     try:
         before = engine.found()
-        assert before["answers"] != after["answers"]
+        assert before["fingerprints"] != after["fingerprints"]
+        assert engine.is_mute or before["answers"] != after["answers"]
         routes = engine.prepare(two, one)
         check_routes(kind, routes[0])
         for _ in range(2):
