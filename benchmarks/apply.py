@@ -238,7 +238,7 @@ def fetching_shares(server: Server, folder: Path, stages: Path, count: int) -> S
                 config = load_config({"HOTWEIGHTS_STAGE_DIR": str(here / "publisher"), "HOTWEIGHTS_NODE": "publisher"})
                 with Traffic(server, STREAMS).flowing() as traffic:
                     before = span(lambda: asyncio.sleep(UNDISTURBED_S))
-                    took = asyncio.run(distribute(endpoint, config, folder, "m", ["reader"]))
+                    took = asyncio.run(distribute(endpoint, config, folder, "m", ["reader"])).update_s
                     during = time.perf_counter() - took, time.perf_counter()
                 alone, rate = traffic.rate(*before), traffic.rate(*during)
             found[f"{name}_alone"].append(alone)

@@ -6,10 +6,19 @@ Engines are left out: replicas that take orders and do nothing stand for them.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 DEADLINE_S = 180.0
+
+
+@dataclass(frozen=True)
+class Took:
+    """Seconds."""
+
+    publish_s: float  # hashing the folder and telling the coordinator
+    update_s: float  # from StartUpdate until every node's replica is asked to prepare: then it has the image staged
 
 
 class Replica:
@@ -53,8 +62,8 @@ async def distribute(
     *,
     begin: Callable[[], object] = lambda: None,
     meanwhile: Callable[[], Awaitable[set[str]]] | None = None,
-) -> float:
-    """Seconds from StartUpdate until every node's replica is asked to prepare: then its node has the image staged.
+) -> Took:
+    """Publishes and updates, and waits in between for who is to take part.
 
     `publisher` is the config of the publisher's agent, `model` one that no other call names. `begin` is called right
     before the clock starts; `meanwhile` runs beside it and gives the nodes that are not waited for.
@@ -70,7 +79,9 @@ async def distribute(
     coordinator = rpc.CoordinatorServiceStub(channel)
     replicas = [Replica(endpoint, node, model) for node in nodes]
     try:
+        published_at = time.perf_counter()
         await agent.publish_folder(folder, model, "v1")
+        publish_s = time.perf_counter() - published_at
         for replica in replicas:
             await asyncio.wait_for(replica.welcome.wait(), DEADLINE_S)
         missing, held, ends = set(nodes), False, time.monotonic() + DEADLINE_S
@@ -88,7 +99,7 @@ async def distribute(
         gone = await meanwhile() if meanwhile is not None else set()
         waiting = [replica.prepares.wait() for replica in replicas if replica.node not in gone]
         await asyncio.wait_for(asyncio.gather(*waiting), DEADLINE_S)
-        took = time.perf_counter() - begun
+        took = Took(publish_s, time.perf_counter() - begun)
         await coordinator.CancelUpdate(pb.CancelUpdateRequest(id=started.update.id), timeout=20)
         return took
     finally:

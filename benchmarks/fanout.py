@@ -56,8 +56,9 @@ def make_image(folder: Path, size_bytes: int) -> Path:
 class Fleet:
     """A publisher and 16 nodes, with everything that runs in them."""
 
-    def __init__(self, work: Path, stages: Path, nodes: list[netns.Node]) -> None:
+    def __init__(self, work: Path, stages: Path, nodes: list[netns.Node], *, max_images: int = 1) -> None:
         self._work, self._stages, self._nodes = work, stages, nodes
+        self._max_images = max_images
         self._coordinator: subprocess.Popen[bytes] | None = None
         self._agents: dict[str, subprocess.Popen[bytes]] = {}
         self._versions = 0
@@ -89,7 +90,8 @@ class Fleet:
 
     def start_agent(self, node: netns.Node) -> None:
         agent = [sys.executable, "-m", "hotweights.cli", "agent", "--endpoint", ENDPOINT, "--node", node.name]
-        stage = ["--stage-dir", str(self._stages / node.name), "--listen", f"{node.address}:0", "--max-images", "1"]
+        stage = ["--stage-dir", str(self._stages / node.name), "--listen", f"{node.address}:0"]
+        stage += ["--max-images", str(self._max_images)]
         self._agents[node.name] = self._start(node.name, node.command([*agent, *stage]))
 
     def kill_agent(self, node: netns.Node) -> None:
@@ -125,7 +127,7 @@ class Fleet:
         names = [node.name for node in taking]
         try:
             took = await distribute(ENDPOINT, config, folder, model, names, begin=begin, meanwhile=meanwhile)
-            return took, (sent_bytes(publisher) - sent) / size_bytes
+            return took.update_s, (sent_bytes(publisher) - sent) / size_bytes
         finally:
             shutil.rmtree(folder)
             if dies is not None:

@@ -94,6 +94,9 @@ class Memory:
     def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
         return self.at_hand(image, file, offset, size)
 
+    def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
+        return None
+
     async def until_more(self, image: bytes) -> None: ...
 
 

@@ -31,7 +31,7 @@ PRELOADED = (
     "vllm.v1.worker.cpu_worker",
     "tests.warm_child",
 )
-_server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+_server: Any = multiprocessing.forkserver._forkserver
 
 
 class WarmProcess(ForkServerProcess):
@@ -50,7 +50,7 @@ class WarmProcess(ForkServerProcess):
 
 
 class WarmContext(ForkServerContext):
-    Process = WarmProcess  # type: ignore[assignment]
+    Process = WarmProcess
 
 
 def use() -> None:

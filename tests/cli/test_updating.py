@@ -25,7 +25,7 @@ def replica(agent: Serving, checkpoints: dict[str, Path]) -> Iterator[StandIn]:
 def test_a_plan_says_bytes_buckets_sources_and_waves(agent: Serving, replica: StandIn) -> None:
     said = agent.text("plan", "v2")
     assert "m: from v1 to v2: 0 B in 0 buckets to 1 node" in said
-    assert "here  0 B    0        has it" in said
+    assert "here  0 B    0        0 B        has it" in said
     assert any(line.split() == ["1", "1", "stand-in"] for line in said.splitlines())
     assert agent.json("plan", "v2")["waves"] == [{"replica_ids": ["stand-in"]}]
 

@@ -1,7 +1,8 @@
 """CoordinatorService over a real port: publishing, updates, lists, watches, and the answers that are kept."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,35 @@ async def test_a_plan_changes_nothing_and_is_refused_for_the_reasons_a_start_is(
     assert fleet.state.updates == before.updates
     refusal = await refused(fleet.service.PlanUpdate(pb.PlanUpdateRequest(model="m", version="v9")))
     assert refusal.reason == "VERSION_UNKNOWN"
+
+
+@pytest.mark.parametrize(("changed", "unchanged_bytes"), [((), 1000), ((0,), 600), ((0, 1), 0)])
+async def test_a_plan_says_what_a_node_that_has_the_base_need_not_fetch(
+    fleet: Live, changed: tuple[int, ...], unchanged_bytes: int
+) -> None:
+    def blob(name: str, digests: Sequence[bytes]) -> bytes:
+        manifest = manifest_pb2.Manifest.FromString(manifest_of(name))
+        del manifest.buckets[:]
+        for at, (offset, size) in enumerate(((0, 400), (400, 600))):
+            manifest.buckets.add(offset=offset, size_bytes=size, digest=digests[at])
+        return bytes(manifest.SerializeToString(deterministic=True))
+
+    old, new = [bytes([7]) * 32] * 2, [bytes([7]) * 32] * 2
+    for at in changed:
+        new[at] = bytes([8]) * 32
+    await fleet.publish("base", blob("base", old))
+    await fleet.publish("next", blob("next", new))
+    held = {name: frozenset({fleet.state.versions["m", name].digest}) for name in ("base", "next")}
+    node = replace(fleet.state.nodes["n1"], held=held["base"])
+    source = replace(node, id="n2", held=held["next"])
+    fleet.coordinator.runtime.state = replace(
+        fleet.state,
+        nodes={**fleet.state.nodes, "n1": node, "n2": source},
+        models={**fleet.state.models, "m": replace(fleet.state.models["m"], committed="base")},
+    )
+    plan = (await soon(fleet.service.PlanUpdate(pb.PlanUpdateRequest(model="m", version="next")))).plan
+    assert plan.base_version == "base"
+    assert [(row.fetch_bytes, row.unchanged_bytes) for row in plan.nodes] == [(1000, unchanged_bytes)]
 
 
 @pytest.mark.parametrize(

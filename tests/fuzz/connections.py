@@ -27,6 +27,9 @@ class _Held:
             raise NotHeld(image, file, offset, size, "only one file of one image here")
         return memoryview(CONTENT)[offset : offset + size]
 
+    def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
+        return bytes(view[: len(view) // 2])
+
     async def until_more(self, image: bytes) -> None: ...
 
 

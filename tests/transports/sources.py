@@ -27,7 +27,7 @@ class Held:
     """A BucketSource of one file. With `gate`, opening waits until a test opens it.
 
     Where `there` is given, so many bytes from the start have come so far: `come` brings more. What is `in_memory` is
-    given without a thread.
+    given without a thread. `deltas`, by base, are of every range.
     """
 
     content: bytes
@@ -35,6 +35,7 @@ class Held:
     opened: threading.Event = field(default_factory=threading.Event)
     there: int | None = None
     in_memory: bool = False
+    deltas: dict[bytes, bytes] = field(default_factory=dict)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def at_hand(self, image: bytes, file: int, offset: int, size: int) -> memoryview | None:
@@ -49,6 +50,9 @@ class Held:
         if self.there is not None and offset + size > self.there:
             raise NotYet(image, self.there)
         return memoryview(self.content)[offset : offset + size]
+
+    def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
+        return self.deltas.get(base)
 
     async def until_more(self, image: bytes) -> None:
         await self.news.wait()

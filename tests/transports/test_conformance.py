@@ -141,6 +141,33 @@ async def test_a_reader_that_waits_is_told_how_much_there_is_and_may_go_on(trans
         await connection.close()
 
 
+async def test_who_names_a_base_gets_its_delta_at_the_beginning_of_his_memory(transport: Transport) -> None:
+    base, delta = bytes(reversed(IMAGE)), b"what changed"
+    async with serving(transport, Held(CONTENT, deltas={base: delta})) as server:
+        connection = await connect(transport, server)
+        into = bytearray(b"\xff" * 100)
+        asked = memoryview(into)[10:90]
+        assert await connection.read_into(IMAGE, 0, 0, asked, deadline_s=5, base=base) == len(delta)
+        assert into == b"\xff" * 10 + delta + b"\xff" * (90 - len(delta))
+        assert await connection.read_into(IMAGE, 0, 0, asked, deadline_s=5, base=OTHER_IMAGE) == 80
+        assert into[10:90] == CONTENT[:80]
+        assert await connection.read_into(IMAGE, 0, 80, asked, deadline_s=5) == 80
+        assert into[10:90] == CONTENT[80:160]
+        await connection.close()
+
+
+async def test_a_delta_that_is_no_shorter_than_the_range_is_not_sent(transport: Transport) -> None:
+    base = bytes(reversed(IMAGE))
+    async with serving(transport, Held(CONTENT, deltas={base: b"12345"})) as server:
+        connection = await connect(transport, server)
+        into = bytearray(5)
+        assert await connection.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5, base=base) == 5
+        assert into == CONTENT[:5]
+        with pytest.raises(ValueError, match="digest has 32 bytes"):
+            await connection.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5, base=b"short")
+        await connection.close()
+
+
 async def test_wrong_bytes_are_passed_on_as_they_are_for_the_reader_to_detect(transport: Transport) -> None:
     wrong = bytearray(CONTENT)
     wrong[MIB] ^= 1

@@ -6,7 +6,7 @@ from hotweights.coordinator.rules.records import Options
 from hotweights.coordinator.rules.state import Seat, State
 from hotweights.coordinator.rules.turn import Turn
 from hotweights.coordinator.rules.waves import plan_waves
-from hotweights.v1 import update_pb2
+from hotweights.v1 import manifest_pb2, update_pb2
 
 
 def plan_update(state: State, now: float, model: str, version: str, options: Options) -> update_pb2.Plan:
@@ -35,6 +35,21 @@ def plan_update(state: State, now: float, model: str, version: str, options: Opt
     if options.check_finite:
         plan.notes.append("every rank looks for NaN and infinite values while it prepares; one refuses the version")
     return plan
+
+
+def add_unchanged(state: State, plan: update_pb2.Plan, base: str, unchanged_bytes: int) -> None:
+    """Writes down what the nodes that hold the image `base` need not fetch for it."""
+    for row in plan.nodes:
+        node = state.nodes.get(row.node_id)
+        if row.fetch_bytes and node is not None and base in node.held:
+            row.unchanged_bytes = unchanged_bytes
+
+
+def unchanged_bytes(target: manifest_pb2.Manifest, base: manifest_pb2.Manifest) -> int:
+    """In buckets that both have at the same place of the same file."""
+    there = {(bucket.file, bucket.offset, bucket.size_bytes): bucket.digest for bucket in base.buckets}
+    same = [b for b in target.buckets if there.get((b.file, b.offset, b.size_bytes)) == b.digest]
+    return sum(bucket.size_bytes for bucket in same)
 
 
 def _notes(state: State, roster: list[Seat], image_bytes: int) -> list[str]:

@@ -133,20 +133,22 @@ class UpdateReplica(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., wave: _Optional[int] = ..., outcome: _Optional[_Union[ReplicaOutcome, str]] = ..., reason: _Optional[str] = ..., window: _Optional[_Union[WindowTimes, _Mapping]] = ...) -> None: ...
 
 class UpdateNode(_message.Message):
-    __slots__ = ("node_id", "bytes_done", "bytes_total", "staged", "source_node_id", "bytes_per_s")
+    __slots__ = ("node_id", "bytes_done", "bytes_total", "staged", "source_node_id", "bytes_per_s", "wire_bytes")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     STAGED_FIELD_NUMBER: _ClassVar[int]
     SOURCE_NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     bytes_done: int
     bytes_total: int
     staged: bool
     source_node_id: str
     bytes_per_s: float
-    def __init__(self, node_id: _Optional[str] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., staged: bool = ..., source_node_id: _Optional[str] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
+    wire_bytes: int
+    def __init__(self, node_id: _Optional[str] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., staged: bool = ..., source_node_id: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., wire_bytes: _Optional[int] = ...) -> None: ...
 
 class Update(_message.Message):
     __slots__ = ("id", "model", "kind", "phase", "base_version", "target_version", "options", "reason", "wave", "wave_count", "replicas", "nodes", "started_at", "ended_at")
@@ -197,16 +199,18 @@ class Plan(_message.Message):
     def __init__(self, model: _Optional[str] = ..., base_version: _Optional[str] = ..., target_version: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[PlanNode, _Mapping]]] = ..., waves: _Optional[_Iterable[_Union[PlanWave, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PlanNode(_message.Message):
-    __slots__ = ("node_id", "fetch_bytes", "fetch_buckets", "source_node_ids")
+    __slots__ = ("node_id", "fetch_bytes", "fetch_buckets", "source_node_ids", "unchanged_bytes")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     FETCH_BYTES_FIELD_NUMBER: _ClassVar[int]
     FETCH_BUCKETS_FIELD_NUMBER: _ClassVar[int]
     SOURCE_NODE_IDS_FIELD_NUMBER: _ClassVar[int]
+    UNCHANGED_BYTES_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     fetch_bytes: int
     fetch_buckets: int
     source_node_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, node_id: _Optional[str] = ..., fetch_bytes: _Optional[int] = ..., fetch_buckets: _Optional[int] = ..., source_node_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    unchanged_bytes: int
+    def __init__(self, node_id: _Optional[str] = ..., fetch_bytes: _Optional[int] = ..., fetch_buckets: _Optional[int] = ..., source_node_ids: _Optional[_Iterable[str]] = ..., unchanged_bytes: _Optional[int] = ...) -> None: ...
 
 class PlanWave(_message.Message):
     __slots__ = ("replica_ids",)

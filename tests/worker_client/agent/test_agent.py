@@ -160,6 +160,53 @@ async def test_a_node_passes_on_what_it_has_while_the_rest_still_comes(
             assert contents(await reader.map_image(digest, "replica-0")) == contents(folder)
 
 
+async def test_of_the_next_version_only_what_changed_crosses_the_wire_node_by_node(
+    home: Path, coordinator: SmallCoordinator
+) -> None:
+    """Three nodes with the version before; the last has nobody else to ask than the second."""
+    first, second = (make_folder(home / name, tensor_bytes=400_000) for name in ("v1", "v2"))
+    for at in range(0, 350_000, 1000):
+        touch_bytes(second / "model-1.safetensors", at + 1000)
+    async with (
+        agent_of(a_config(home, "a", coordinator.endpoint)) as source,
+        agent_of(a_config(home, "b", coordinator.endpoint)),
+        agent_of(a_config(home, "c", coordinator.endpoint)) as reader,
+    ):
+        before = (await source.publish_folder(first, "m", "v1")).manifest_digest
+        await coordinator.hears("a", "b", "c")
+        for node in ("b", "c"):
+            await coordinator.outcome(node, coordinator.stage(node, before, "a"))
+        digest = (await source.publish_folder(second, "m", "v2")).manifest_digest
+        orders = {"c": coordinator.stage("c", digest, "b", staging="b"), "b": coordinator.stage("b", digest, "a")}
+        for node, number in orders.items():
+            assert (await coordinator.outcome(node, number)).staged.manifest_digest == digest
+            last = [report for report in coordinator.reports[node] if report.number == number][-2].stage_progress
+            assert last.bytes_done == last.bytes_total > 1_600_000
+            assert 0 < last.wire_bytes < 4000, "a third of a percent of one of two files"
+        assert contents(await reader.map_image(digest, "replica-0")) == contents(second)
+
+
+async def test_a_publisher_whose_folder_of_the_version_before_is_gone_sends_plain_buckets(
+    home: Path, coordinator: SmallCoordinator
+) -> None:
+    first, second = (make_folder(home / name) for name in ("v1", "v2"))
+    touch_bytes(second / "model-1.safetensors", 1000)
+    async with (
+        agent_of(a_config(home, "a", coordinator.endpoint)) as source,
+        agent_of(a_config(home, "b", coordinator.endpoint)) as reader,
+    ):
+        before = (await source.publish_folder(first, "m", "v1")).manifest_digest
+        await coordinator.hears("a", "b")
+        await coordinator.outcome("b", coordinator.stage("b", before, "a"))
+        digest = (await source.publish_folder(second, "m", "v2")).manifest_digest
+        touch_bytes(first / "model-1.safetensors", 1000)  # as the new version has it: no delta of these would be right
+        number = coordinator.stage("b", digest, "a")
+        assert (await coordinator.outcome("b", number)).staged.manifest_digest == digest
+        assert contents(await reader.map_image(digest, "replica-0")) == contents(second)
+        last = [report for report in coordinator.reports["b"] if report.number == number][-2].stage_progress
+        assert last.wire_bytes == 65536, "the one bucket that changed"
+
+
 async def test_a_node_whose_predecessor_dies_goes_on_with_the_one_before(
     home: Path, coordinator: SmallCoordinator
 ) -> None:

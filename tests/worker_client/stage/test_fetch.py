@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tests.worker_client.stage.checkpoints import contents, make_image
+from tests.worker_client.stage.checkpoints import BUCKET_BYTES, contents, make_image
+from tests.worker_client.stage.test_base import next_version, stage_whole
 
 from hotweights.transports import base
 from hotweights.transports.base import Connection, Server
@@ -16,6 +17,7 @@ from hotweights.transports.pace import Pace
 from hotweights.transports.tcp import TcpTransport
 from hotweights.transports.tcp_server import Limits
 from hotweights.v1.worker_service_pb2 import Source
+from hotweights.worker_client.image.delta import make_delta
 from hotweights.worker_client.image.manifest import Image
 from hotweights.worker_client.image.reader import BucketReader
 from hotweights.worker_client.stage import fetch
@@ -39,6 +41,7 @@ class Node:
     server: Server | None = None
     there: int | None = None
     more: asyncio.Event = field(default_factory=asyncio.Event)
+    bases: dict[bytes, Image] = field(default_factory=dict)
 
     def at_hand(self, image: bytes, file: int, offset: int, size: int) -> memoryview | None:
         return None
@@ -56,6 +59,11 @@ class Node:
             self.wrong_times[file, offset] -= 1
             data[len(data) // 2] ^= 1
         return memoryview(data)
+
+    def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
+        if base not in self.bases:
+            return None
+        return make_delta(view, BucketReader().read_range(self.bases[base], file, offset, view.nbytes))
 
     async def until_more(self, image: bytes) -> None:
         await self.more.wait()
@@ -235,7 +243,7 @@ async def test_a_source_that_only_says_a_little_more_each_time_is_left(
     class Talker:
         said = 0
 
-        async def read_into(self, *_: object, **__: object) -> None:
+        async def read_into(self, *_: object, **__: object) -> int:
             Talker.said += 1
             raise NotYet(image.digest, Talker.said)
 
@@ -342,3 +350,58 @@ async def test_cancelled_in_the_middle_it_writes_no_more(partial: Partial, nodes
     before = contents(partial.folder)
     await asyncio.sleep(0.3)
     assert contents(partial.folder) == before
+
+
+# Deltas.
+
+
+@pytest.fixture
+def step(image: Image, tmp_path: Path) -> Image:
+    """A version with a little changed in every weight file."""
+    return next_version(tmp_path / "v2", image, (1, 100), (2, 100))
+
+
+async def fetch_step(step: Image, before: Image, nodes: list[Node], root: Path) -> tuple[Partial, Tally, list[bytes]]:
+    """Over deltas to `before`, which is staged here; and the deltas that were right."""
+    stage = Stage(root)
+    stage.open()
+    stage_whole(stage, before)
+    partial, base = stage.reserve(step.digest, step.blob)[0], stage.base_of(step.manifest)
+    tally, right = Tally(), list[bytes]()
+    fetching = Fetch(partial, sources(nodes), connect, no_progress, tally=tally)
+    fetching.ask_deltas(base, lambda image, base, file, offset, delta: right.append(delta))
+    await fetching.run()
+    assert contents(partial.folder) == contents(step.folder)
+    return partial, tally, right
+
+
+async def test_what_changed_is_all_that_comes_over_the_wire(
+    image: Image, step: Image, nodes: list[Node], tmp_path: Path
+) -> None:
+    for node in nodes:
+        node.image, node.bases = step, {image.digest: image}
+    _, tally, right = await fetch_step(step, image, nodes, tmp_path / "stage")
+    assert len(right) == len(step.manifest.buckets)
+    assert tally.wire_bytes < step.size_bytes / 100
+    assert not tally.left
+
+
+async def test_from_a_source_without_the_base_plain_buckets_come(
+    image: Image, step: Image, nodes: list[Node], tmp_path: Path
+) -> None:
+    for node in nodes:
+        node.image = step
+    _, tally, right = await fetch_step(step, image, nodes, tmp_path / "stage")
+    assert (tally.wire_bytes, right) == (step.size_bytes, [])
+
+
+async def test_deltas_that_do_not_fit_are_asked_of_that_source_no_more_and_it_is_no_liar(
+    image: Image, step: Image, nodes: list[Node], tmp_path: Path
+) -> None:
+    another = make_image(tmp_path / "another", seed=9)
+    for node in nodes:
+        node.image, node.bases = step, {image.digest: another}
+    nodes[0].bases = {image.digest: next_version(tmp_path / "off", step, (1, 70_000), (2, 70_000))}
+    _, tally, _ = await fetch_step(step, image, nodes, tmp_path / "stage")
+    assert not any(left.lied for left in tally.left)
+    assert tally.wire_bytes > BUCKET_BYTES

@@ -4,6 +4,8 @@
     Transport.connect(address, token)              Transport.serve(source, listen, check)
         Connection.read_into(range, memory) -----> check(token, image), source.open(range)
                                             <----- its bytes, straight into the reader's memory
+          the same with a base              -----> and source.delta(range, base)
+                                            <----- what changed, where that is less
 
 What is promised, and proven by tests/transports/test_conformance.py:
 
@@ -43,6 +45,13 @@ class BucketSource(Protocol):
         NotYet for what is on its way here.
         """
 
+    def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
+        """What makes `view`, a range of `image` that was just opened, of the same range of the image `base`.
+
+        In an encoding between source and reader, and shorter than the range; None where there is no such thing.
+        Called in a thread, as `open`.
+        """
+
     async def until_more(self, image: bytes) -> None:
         """Returns when more of an image has come than there was, or when it will come no more.
 
@@ -71,9 +80,13 @@ class Server(Protocol):
 class Connection(Protocol):
     """A way to one source. Reads on it happen one after the other; open several for more at once."""
 
-    async def read_into(self, image: bytes, file: int, offset: int, into: memoryview, *, deadline_s: float) -> None:
-        """Fills `into` (writable, contiguous bytes) with the range that starts at `offset`.
+    async def read_into(
+        self, image: bytes, file: int, offset: int, into: memoryview, *, deadline_s: float, base: bytes | None = None
+    ) -> int:
+        """Fills `into` (writable, contiguous bytes) with the range that starts at `offset`; how many bytes came.
 
+        To who names the digest of a `base` he has, the source may give its delta instead: then fewer bytes come than
+        the range has, and they are at the beginning of `into`.
         `deadline_s` counts from the call, waiting for other reads of this connection included.
         Raises NotHeld, NotYet, TokenRefused, PeerGone, DeadlinePassed.
         """
@@ -101,10 +114,11 @@ class Transport(Protocol):
         """A connection whose reads show `token`. Raises PeerGone, DeadlinePassed."""
 
 
-def check_range(image: bytes, offset: int, size: int) -> None:
+def check_range(image: bytes, offset: int, size: int, base: bytes | None = None) -> None:
     """Raises ValueError for a read that no source could serve: a mistake of the caller."""
-    if len(image) != IMAGE_BYTES:
-        raise ValueError(f"an image's digest has {IMAGE_BYTES} bytes, this one {len(image)}")
+    for digest in (image,) if base is None else (image, base):
+        if len(digest) != IMAGE_BYTES:
+            raise ValueError(f"an image's digest has {IMAGE_BYTES} bytes, this one {len(digest)}")
     if offset < 0 or not 0 < size <= RANGE_BYTES_MAX:
         raise ValueError(f"{size} bytes from {offset} on; 1 to {RANGE_BYTES_MAX} at once are possible")
 
@@ -113,6 +127,21 @@ def check_token(token: bytes) -> None:
     """Raises ValueError for a token that no transport carries."""
     if len(token) > TOKEN_BYTES_MAX:
         raise ValueError(f"a token of {len(token)} bytes; at most {TOKEN_BYTES_MAX} are possible")
+
+
+async def open_shortest(
+    source: BucketSource, image: bytes, file: int, offset: int, size: int, base: bytes | None
+) -> memoryview:
+    """As open_or_wait; the delta to `base` instead where there is one."""
+    view = await open_or_wait(source, image, file, offset, size)
+    if base is None:
+        return view
+    # Called off, the thread goes on with the view, which goes with it.
+    delta = await asyncio.to_thread(source.delta, image, base, file, offset, view)
+    if not delta or len(delta) >= size:
+        return view
+    view.release()
+    return memoryview(delta)
 
 
 async def open_or_wait(source: BucketSource, image: bytes, file: int, offset: int, size: int) -> memoryview:

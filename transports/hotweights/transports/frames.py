@@ -2,10 +2,11 @@
 
     reader                               source
     HELLO magic, token           ---->
-                                 <----   WELCOME, or REFUSED busy or TLS
+                                 <----   WELCOME what it can do; or REFUSED busy or TLS
     READ image, file, offset, size -->
                                  <----   DATA size, then that many bytes; or REFUSED why
-    READ ...
+    READ_AGAINST the same, base  ---->
+                                 <----   as for READ; fewer bytes than asked for are a delta to the base
 
 REFUSED ends the connection, unless it is that a range is not held, or not yet.
 
@@ -16,7 +17,7 @@ DATA are longer than FRAME_BYTES_MAX, and their number was asked for.
 import asyncio
 import struct
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 from hotweights.transports.base import RANGE_BYTES_MAX, TOKEN_BYTES_MAX
 from hotweights.transports.line import Line, NoTls
@@ -30,7 +31,7 @@ _TEXT_BYTES_MAX = 512
 _TLS = (b"\x15\x03", b"\x16\x03")
 
 _PREFIX = struct.Struct("!IB")
-_READ = struct.Struct("!32sIQQ")
+_READ, _READ_AGAINST = struct.Struct("!32sIQQ"), struct.Struct("!32sIQQ32s")
 _DATA = struct.Struct("!Q")
 
 
@@ -42,6 +43,7 @@ class Kind(IntEnum):
     READ = 3
     DATA = 4
     REFUSED = 5
+    READ_AGAINST = 6
 
 
 _KINDS = frozenset(Kind)
@@ -57,6 +59,12 @@ class Why(IntEnum):
     TLS = 4
     # The text is how many bytes of the image there are.
     NOT_YET = 5
+
+
+class Can(IntFlag):
+    """What a source tells of itself in its WELCOME: one of an earlier version says nothing."""
+
+    DELTAS = 1
 
 
 class Garbage(Exception):
@@ -79,6 +87,7 @@ class Read:
     file: int
     offset: int
     size: int
+    base: bytes | None = None
 
 
 def frame(kind: Kind, body: bytes = b"") -> bytes:
@@ -90,8 +99,14 @@ def hello(token: bytes) -> bytes:
     return frame(Kind.HELLO, MAGIC + token)
 
 
-def read(image: bytes, file: int, offset: int, size: int) -> bytes:
-    return frame(Kind.READ, _READ.pack(image, file, offset, size))
+def welcome(can: Can) -> bytes:
+    return frame(Kind.WELCOME, bytes([can]))
+
+
+def read(image: bytes, file: int, offset: int, size: int, base: bytes | None = None) -> bytes:
+    if base is None:
+        return frame(Kind.READ, _READ.pack(image, file, offset, size))
+    return frame(Kind.READ_AGAINST, _READ_AGAINST.pack(image, file, offset, size, base))
 
 
 def data(size: int) -> bytes:
@@ -111,11 +126,19 @@ def parse_hello(kind: Kind, body: bytes) -> bytes:
     return body[len(MAGIC) :]
 
 
+def parse_welcome(kind: Kind, body: bytes) -> Can:
+    """Raises Garbage. What a later version can do more is passed over."""
+    if kind is not Kind.WELCOME:
+        raise Garbage("does not answer as a source does")
+    return Can(body[0] & sum(Can)) if body else Can(0)
+
+
 def parse_read(kind: Kind, body: bytes) -> Read:
     """Raises Garbage."""
-    if kind is not Kind.READ or len(body) != _READ.size:
+    form = {Kind.READ: _READ, Kind.READ_AGAINST: _READ_AGAINST}.get(kind)
+    if form is None or len(body) != form.size:
         raise Garbage("sent something else than a read")
-    wish = Read(*_READ.unpack(body))
+    wish = Read(*form.unpack(body))
     if not 0 < wish.size <= RANGE_BYTES_MAX:
         raise Garbage(f"asks for {wish.size} bytes at once")
     return wish

@@ -8,7 +8,7 @@ import asyncio
 import itertools
 from dataclasses import dataclass, field
 
-from hotweights.transports.base import BucketSource, TokenCheck, check_range, check_token, open_or_wait
+from hotweights.transports.base import BucketSource, TokenCheck, check_range, check_token, open_shortest
 from hotweights.transports.errors import DeadlinePassed, PeerGone, TokenRefused
 
 CHUNK_BYTES = 256 << 10
@@ -50,32 +50,37 @@ class MemoryConnection:
         self._closed = asyncio.Event()
         self._turn = asyncio.Lock()
 
-    async def read_into(self, image: bytes, file: int, offset: int, into: memoryview, *, deadline_s: float) -> None:
-        check_range(image, offset, into.nbytes)
+    async def read_into(
+        self, image: bytes, file: int, offset: int, into: memoryview, *, deadline_s: float, base: bytes | None = None
+    ) -> int:
+        check_range(image, offset, into.nbytes, base)
         try:
-            await asyncio.wait_for(self._read(image, file, offset, into.cast("B")), deadline_s)
+            return await asyncio.wait_for(self._read(image, file, offset, into.cast("B"), base), deadline_s)
         except asyncio.TimeoutError:
             raise DeadlinePassed(self._server.address, "reading", deadline_s) from None
 
-    async def _read(self, image: bytes, file: int, offset: int, into: memoryview) -> None:
+    async def _read(self, image: bytes, file: int, offset: int, into: memoryview, base: bytes | None) -> int:
         async with self._turn:
             self._check_alive()
             if not self._server.check(self._token, image):
                 self._closed.set()
                 raise TokenRefused(self._server.address, image)
             try:
-                with await self._open(image, file, offset, len(into)) as view:
-                    for at in range(0, len(into), CHUNK_BYTES):
+                with await self._open(image, file, offset, len(into), base) as view:
+                    size = len(view)
+                    for at in range(0, size, CHUNK_BYTES):
                         self._check_alive()
-                        into[at : at + CHUNK_BYTES] = view[at : at + CHUNK_BYTES]
+                        end = min(at + CHUNK_BYTES, size)
+                        into[at:end] = view[at:end]
                         await asyncio.sleep(0)
+                    return size
             except asyncio.CancelledError:  # a deadline too
                 self._closed.set()
                 raise
 
-    async def _open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
+    async def _open(self, image: bytes, file: int, offset: int, size: int, base: bytes | None) -> memoryview:
         """Opens in a thread; the end of either side does not wait for it."""
-        opening = asyncio.ensure_future(open_or_wait(self._server.source, image, file, offset, size))
+        opening = asyncio.ensure_future(open_shortest(self._server.source, image, file, offset, size, base))
         ends = [asyncio.ensure_future(event.wait()) for event in (self._closed, self._server.closed)]
         try:
             await asyncio.wait([opening, *ends], return_when=asyncio.FIRST_COMPLETED)

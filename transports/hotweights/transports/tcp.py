@@ -23,35 +23,42 @@ _ANY = ("0.0.0.0", "::")
 class TcpConnection:
     """See base.Connection. Made by TcpTransport.connect."""
 
-    def __init__(self, line: Line, address: str) -> None:
+    def __init__(self, line: Line, address: str, can: frames.Can) -> None:
         self._line = line
         self._address = address
+        self._can = can
         self._turn = asyncio.Lock()
         self._closed = False
 
-    async def read_into(self, image: bytes, file: int, offset: int, into: memoryview, *, deadline_s: float) -> None:
-        check_range(image, offset, into.nbytes)
+    async def read_into(
+        self, image: bytes, file: int, offset: int, into: memoryview, *, deadline_s: float, base: bytes | None = None
+    ) -> int:
+        check_range(image, offset, into.nbytes, base)
+        if frames.Can.DELTAS not in self._can:
+            base = None
         try:
-            await asyncio.wait_for(self._read(image, file, offset, into.cast("B")), deadline_s)
+            return await asyncio.wait_for(self._read(image, file, offset, into.cast("B"), base), deadline_s)
         except asyncio.TimeoutError:
             raise DeadlinePassed(self._address, "reading", deadline_s) from None
 
-    async def _read(self, image: bytes, file: int, offset: int, into: memoryview) -> None:
+    async def _read(self, image: bytes, file: int, offset: int, into: memoryview, base: bytes | None) -> int:
         async with self._turn:
             if self._closed:
                 raise PeerGone(self._address, "the connection is closed")
             whole = False
             try:
-                await self._line.send(frames.read(image, file, offset, len(into)))
+                await self._line.send(frames.read(image, file, offset, len(into), base))
                 kind, body = await frames.receive_frame(self._line)
                 if kind is frames.Kind.REFUSED:
                     refusal = self._refusal(body, image, file, offset, len(into))
                     whole = isinstance(refusal, NotHeld | NotYet)
                     raise refusal
-                if frames.parse_data(kind, body) != len(into):
+                size = frames.parse_data(kind, body)
+                if size != len(into) and (base is None or not 0 < size < len(into)):
                     raise frames.Garbage("sends another number of bytes than were asked for")
-                await frames.receive_into(self._line, into, midway=True)
+                await frames.receive_into(self._line, into[:size], midway=True)
                 whole = True
+                return size
             except NoTls as error:
                 raise TlsFailed(self._address, str(error)) from error
             except (frames.Ended, frames.Garbage, OSError) as error:
@@ -188,9 +195,8 @@ async def _greet(sock: socket.socket, host: str, address: str, token: bytes, tls
         if kind is frames.Kind.REFUSED:
             why, text = frames.parse_refused(body)
             raise TlsFailed(address, text) if why is frames.Why.TLS else PeerGone(address, text)
-        if kind is not frames.Kind.WELCOME:
-            raise frames.Garbage("does not answer as a source does")
+        can = frames.parse_welcome(kind, body)
     except BaseException:
         sock.close()
         raise
-    return TcpConnection(line, address)
+    return TcpConnection(line, address, can)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from hotweights.transports import frames
-from hotweights.transports.base import BucketSource, TokenCheck, open_or_wait
+from hotweights.transports.base import BucketSource, TokenCheck, open_shortest
 from hotweights.transports.errors import NotHeld, NotYet
 from hotweights.transports.line import Line, NoTls, PlainLine, Tls, TlsLine
 from hotweights.transports.pace import Pace
@@ -172,7 +172,7 @@ class TcpServer:
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 line, token = await _within(self._limits.hello_s, self._welcome(sock))
-                await self._send(line, memoryview(frames.frame(frames.Kind.WELCOME)))
+                await self._send(line, memoryview(frames.welcome(frames.Can.DELTAS)))
                 while not self._closing:
                     wait_s = self._limits.idle_s if peer.is_reader else self._limits.hello_s
                     kind, body = await _within(wait_s, frames.receive_frame(line))
@@ -208,7 +208,7 @@ class TcpServer:
 
     async def _serve_read(self, line: Line, wish: frames.Read) -> None:
         try:
-            view = await open_or_wait(self._source, wish.image, wish.file, wish.offset, wish.size)
+            view = await open_shortest(self._source, wish.image, wish.file, wish.offset, wish.size, wish.base)
         except NotHeld as problem:
             await self._send(line, memoryview(frames.refused(frames.Why.NOT_HELD, problem.problem)))
             return
@@ -216,9 +216,9 @@ class TcpServer:
             await self._send(line, memoryview(frames.refused(frames.Why.NOT_YET, str(problem.held_bytes))))
             return
         with view:
-            await self._send(line, memoryview(frames.data(wish.size)))
+            await self._send(line, memoryview(frames.data(len(view))))
             piece = min(SEND_BYTES, self._pace.piece_bytes or SEND_BYTES)
-            for at in range(0, wish.size, piece):
+            for at in range(0, len(view), piece):
                 with view[at : at + piece] as part:
                     await self._pace.take(len(part))
                     await self._send(line, part)

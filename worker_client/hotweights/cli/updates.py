@@ -147,14 +147,14 @@ async def plan(arguments: argparse.Namespace) -> int:
 def _show_plan(answer: "update_pb2.Plan") -> None:
     from hotweights.cli.output import Table, counted, one_line, print_tables, size
 
-    nodes = Table("what each node fetches", ("NODE", "BYTES", "BUCKETS", "SOURCES"))
+    nodes = Table("what each node fetches", ("NODE", "BYTES", "BUCKETS", "UNCHANGED", "SOURCES"))
     for node in answer.nodes:
         sources = ", ".join(node.source_node_ids) or ("has it" if not node.fetch_bytes else "nobody")
-        nodes.add(node.node_id, size(node.fetch_bytes), node.fetch_buckets, sources)
+        nodes.add(node.node_id, size(node.fetch_bytes), node.fetch_buckets, size(node.unchanged_bytes), sources)
     waves = Table("waves", ("WAVE", "REPLICAS", "NAMES"))
     for number, wave in enumerate(answer.waves, start=1):
         waves.add(number, len(wave.replica_ids), ", ".join(wave.replica_ids))
-    fetched = sum(node.fetch_bytes for node in answer.nodes)
+    fetched = sum(node.fetch_bytes - node.unchanged_bytes for node in answer.nodes)
     buckets = sum(node.fetch_buckets for node in answer.nodes)
     print(
         f"{answer.model}: from {answer.base_version or 'unversioned'} to {answer.target_version}: "

@@ -69,6 +69,7 @@ class StageProgressed(FromMember):
     bytes_total: int
     source: str = ""
     bytes_per_s: float = 0.0
+    wire_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ class Progress:
     bytes_total: int
     source: str = ""
     bytes_per_s: float = 0.0
+    wire_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError, Message
 
 from hotweights.coordinator.access.gate import Gate
 from hotweights.coordinator.access.roles import START_UPDATE
-from hotweights.coordinator.planner import plan_update
+from hotweights.coordinator.planner import add_unchanged, plan_update, unchanged_bytes
 from hotweights.coordinator.rules import Declined, State
 from hotweights.coordinator.rules import events as e
 from hotweights.coordinator.rules.catalogue import version_named
@@ -23,7 +23,7 @@ from hotweights.coordinator.service.status import Context, streaming, unary
 from hotweights.coordinator.store import Compacted
 from hotweights.v1 import coordinator_service_pb2 as pb
 from hotweights.v1 import coordinator_service_pb2_grpc as rpc
-from hotweights.v1 import fleet_pb2, manifest_pb2
+from hotweights.v1 import fleet_pb2, manifest_pb2, update_pb2
 from hotweights.wire.channel import MANIFEST_BYTES_MAX, MESSAGE_BYTES_MAX, PAGE_BYTES_MAX
 
 M = TypeVar("M", bound=Message)
@@ -205,7 +205,20 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
             request.version,
             convert.options_from(request.options),
         )
+        await self._compare(plan)
         return pb.PlanUpdateResponse(plan=plan)
+
+    async def _compare(self, plan: update_pb2.Plan) -> None:
+        """Adds to a plan what the nodes that have its base need not fetch."""
+        versions = self._runtime.state.versions
+        digests = [
+            version.digest if (version := versions.get((plan.model, name))) is not None else ""
+            for name in (plan.target_version, plan.base_version)
+        ]
+        blobs = [await self._runtime.manifest(digest) if digest else None for digest in digests]
+        if None not in blobs:
+            target, base = (manifest_pb2.Manifest.FromString(blob) for blob in blobs if blob is not None)
+            add_unchanged(self._runtime.state, plan, digests[1], unchanged_bytes(target, base))
 
     # Policies.
 

@@ -51,6 +51,7 @@ class Agent:
             self._holdings_changed,
             self.data.connect,
             self.data.arrived,
+            self.data.received,
             bandwidth_max=config.bandwidth_max,
         )
         self.coordinator: Coordinator | None = None

@@ -26,7 +26,9 @@ from hotweights.v1.worker_service_pb2 import Source
 from hotweights.wire.allowance import Allowance, Rate
 from hotweights.wire.endpoint import Endpoint
 from hotweights.wire.tokens import KEY_BYTES, BadToken, check_token
+from hotweights.worker_client.agent.deltas import Deltas
 from hotweights.worker_client.agent.folders import Folders
+from hotweights.worker_client.image.delta import make_delta
 from hotweights.worker_client.image.errors import FolderChanged
 from hotweights.worker_client.image.reader import BucketReader
 from hotweights.worker_client.stage.partial import Partial
@@ -63,6 +65,7 @@ class DataPort:
         self._folders = folders
         self._reader = BucketReader()
         self._server: Server | None = None
+        self._deltas = Deltas()
         self._allowance = Allowance(OF_ONE_HOST, OF_ALL_HOSTS)
         self._withdraw: Callable[[bytes, str], None] = lambda digest, why: None
         self._arrivals: dict[bytes, asyncio.Future[None]] = {}
@@ -145,6 +148,29 @@ class DataPort:
             raise NotHeld(image, file, offset, size, str(error)) from error
         except ValueError as error:
             raise NotHeld(image, file, offset, size, str(error)) from error
+
+    def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
+        """See BucketSource. In a thread."""
+        key = image, base, file, offset
+        known = self._deltas.get(key)
+        if known is not None:
+            return known
+        try:
+            manifest = self._stage.peek(base)
+            if manifest is not None:
+                before = self._staged(manifest, base, file, offset, view.nbytes)
+            else:
+                before = self.open(base, file, offset, view.nbytes)
+        except (NotHeld, OSError):
+            return None
+        made = make_delta(view, before)
+        if made is not None:
+            self._deltas.put(key, made)
+        return made
+
+    def received(self, image: bytes, base: bytes, file: int, offset: int, delta: bytes) -> None:
+        """A delta that was right is given on: readers of this node have mostly the same base."""
+        self._deltas.put((image, base, file, offset), delta)
 
     async def until_more(self, image: bytes) -> None:
         """See BucketSource."""

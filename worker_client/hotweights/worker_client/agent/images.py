@@ -17,7 +17,7 @@ from hotweights.worker_client.agent.work import Work
 from hotweights.worker_client.image.errors import FolderChanged
 from hotweights.worker_client.stage.copy import copy_folder
 from hotweights.worker_client.stage.errors import SourcesFailed
-from hotweights.worker_client.stage.fetch import Fetch, Open, Tally
+from hotweights.worker_client.stage.fetch import Fetch, Open, Received, Tally
 from hotweights.worker_client.stage.partial import Partial
 from hotweights.worker_client.stage.stage import Stage
 from hotweights.worker_client.stage.threads import Figures, in_thread, stoppable
@@ -45,10 +45,11 @@ class Images:
         changed: Callable[[], None],
         open_source: Open,
         arrived: Callable[[bytes], None] = lambda digest: None,
+        received: Received = lambda image, base, file, offset, delta: None,
         *,
         bandwidth_max: float | None = None,
     ) -> None:
-        """`arrived` hears, in any thread, of each bucket of an image that came, and of its end.
+        """`arrived` hears, in any thread, of each bucket of an image that came, and of its end; `received` of deltas.
 
         `bandwidth_max` is in bytes a second, for what is fetched: of all images together.
         """
@@ -58,6 +59,7 @@ class Images:
         self._changed = changed
         self._open_source = open_source
         self._arrived = arrived
+        self._received = received
         self._pace = Pace(bandwidth_max)
         self._staging: dict[bytes, Staging] = {}
         self._to_verify: dict[bytes, Work[bool]] = {}
@@ -179,5 +181,14 @@ class Images:
                 self._folders.withdraw(partial.digest, str(error))
                 if not sources:
                     raise
+        if not partial.missing:
+            return
+        base = await in_thread(lambda _: self.stage.base_of(partial.manifest))
+        if base is not None:
+            before = partial.bytes_done
+            await in_thread(lambda stop: base.copy_unchanged(partial, stoppable(progress, stop)))
+            tally.unchanged_bytes = partial.bytes_done - before
         if partial.missing:
-            await Fetch(partial, sources, self._open_source, progress, pace=self._pace, tally=tally).run()
+            fetch = Fetch(partial, sources, self._open_source, progress, pace=self._pace, tally=tally)
+            fetch.ask_deltas(base, self._received)
+            await fetch.run()

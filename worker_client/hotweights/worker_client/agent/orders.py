@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from hotweights.v1 import worker_service_pb2 as pb
 from hotweights.wire import failpoints
 from hotweights.worker_client.agent.edge import EXPECTED, as_refusal
-from hotweights.worker_client.agent.images import Images
+from hotweights.worker_client.agent.images import Images, Staging
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +63,11 @@ class Orders:
         told = 0
         work = self._images.begin(digest, list(order.stage.sources))
         try:
-            async for bytes_done, bytes_total in work.follow(order.stage.deadline_s or STAGING_DEADLINE_S):
-                progress = pb.StageProgress(manifest_digest=digest, bytes_done=bytes_done, bytes_total=bytes_total)
-                progress.source_node_id, progress.bytes_per_s = work.tally.source, work.tally.bytes_per_s
-                report.stage_progress.CopyFrom(progress)
-                self._report(_copied(report))
+            async for _ in work.follow(order.stage.deadline_s or STAGING_DEADLINE_S):
+                self._tell_progress(report, digest, work)
                 told = self._tell_left(report, digest, work.tally.left, told)
             work.task.result()
+            self._tell_progress(report, digest, work)  # once more: what came since it was last told, and all of it
         except EXPECTED as error:
             reason = as_refusal(error).message
             log.warning("image %s is not staged: %s", digest.hex()[:16], reason)
@@ -79,6 +77,15 @@ class Orders:
             report.staged.CopyFrom(pb.Staged(manifest_digest=digest))
         self._tell_left(report, digest, work.tally.left, told)
         self._report(report)
+
+    def _tell_progress(self, report: pb.Report, digest: bytes, work: Staging) -> None:
+        bytes_done, bytes_total = work.figures.read()
+        more, tally = _copied(report), work.tally
+        progress = pb.StageProgress(manifest_digest=digest, bytes_done=bytes_done, bytes_total=bytes_total)
+        progress.source_node_id, progress.bytes_per_s = tally.source, tally.bytes_per_s
+        progress.wire_bytes = tally.wire_bytes
+        more.stage_progress.CopyFrom(progress)
+        self._report(more)
 
     def _tell_left(self, report: pb.Report, digest: bytes, left: Sequence[pb.SourceLeft], told: int) -> int:
         """Reports the sources that were left since `told` of them were."""

@@ -8,6 +8,9 @@ A source that is staging the image itself is waited for as long as it gets more 
 from the one before it, and the publisher sends the image about once. One that gets nothing for STALL_S rests like one
 that fails. A wrong bucket is asked of the same source once more (the way may have broken it); whoever sends
 WRONG_MAX of them is a liar, and out.
+
+Where this node has the version before, deltas to it are asked for: a source that has it too sends what changed. One
+whose deltas do not fit is asked for plain buckets.
 """
 
 import asyncio
@@ -20,6 +23,7 @@ from hotweights.transports.base import Connection
 from hotweights.transports.errors import NotHeld, NotYet, TokenRefused, TransportError
 from hotweights.transports.pace import Pace
 from hotweights.v1.worker_service_pb2 import Source, SourceLeft
+from hotweights.worker_client.stage.base import Base
 from hotweights.worker_client.stage.errors import SourcesFailed
 from hotweights.worker_client.stage.partial import Partial, Progress
 from hotweights.worker_client.stage.threads import in_thread
@@ -41,6 +45,8 @@ REST_S = 0.2  # after the first failure; doubles
 
 
 Open = Callable[[Source], Awaitable[Connection]]
+# Image, base, file, offset; and the delta that made the one of the other there.
+Received = Callable[[bytes, bytes, int, int, bytes], None]
 
 
 class Stalled(Exception):
@@ -59,6 +65,10 @@ class Tally:
     """The node that gave the last bucket."""
     bytes_per_s: float = 0.0
     """Of what was fetched, by the clock here, from the first bucket that was asked for."""
+    wire_bytes: int = 0
+    """What was right of what came over the wire: less than the image where deltas came."""
+    unchanged_bytes: int = 0
+    """What was taken from the version before."""
     left: list[SourceLeft] = field(default_factory=list)
     """Sources that are not asked any longer, or not for a while; LEFT_MAX at most."""
 
@@ -96,6 +106,8 @@ class Fetch:
         self._sources = sources
         self._open_source = open_source
         self._progress = progress
+        self._base: Base | None = None
+        self._received: Received | None = None
         self._parallel = parallel
         self._pace = pace or Pace()
         self._tally = tally or Tally()
@@ -104,6 +116,11 @@ class Fetch:
         self._todo = deque(sorted(partial.missing))
         self._standings: dict[str, _Standing] = {}
         self._wrong: Counter[str] = Counter()
+        self._no_deltas: set[str] = set()
+
+    def ask_deltas(self, base: Base | None, received: Received) -> None:
+        """To `base`, where there is one; `received` hears of each that was right."""
+        self._base, self._received = base, received
 
     async def run(self) -> None:
         """Returns with nothing missing. Raises SourcesFailed. The caller's deadline is by cancelling."""
@@ -170,21 +187,32 @@ class Fetch:
 
     async def _receive(self, connection: Connection, source: Source, index: int) -> None:
         bucket = self._partial.manifest.buckets[index]
+        base = self._base if self._base is not None and source.node_id not in self._no_deltas else None
+        if base is not None and not base.has_place_of(bucket):
+            base = None
         with self._partial.view(index) as place:
-            await connection.read_into(
+            came = await connection.read_into(
                 self._partial.digest,
                 bucket.file,
                 bucket.offset,
                 place,
                 deadline_s=max(BUCKET_DEADLINE_S, bucket.size_bytes / RATE_MIN),
+                base=None if base is None else base.digest,
             )
+            delta = bytes(place[:came]) if base is not None and came < bucket.size_bytes else None
         if bucket.size_bytes <= HASHED_HERE_BYTES:
-            right = self._partial.matches(index)
+            right = self._is_right(index, base, delta)
         else:
-            right = await in_thread(lambda _: self._partial.matches(index))
+            right = await in_thread(lambda _: self._is_right(index, base, delta))
+        if not right and delta is not None:
+            self._no_deltas.add(source.node_id)  # its base may be another than it says, which is no lie about the image
+            raise WrongBytes(f"bucket {index} came as a delta that does not fit")
         if not right:
             self._wrong[source.node_id] += 1
             raise WrongBytes(f"bucket {index} came with wrong bytes")
+        if base is not None and delta is not None and self._received is not None:
+            self._received(self._partial.digest, base.digest, bucket.file, bucket.offset, delta)
+        self._tally.wire_bytes += came
         standing, now = self._standing(source), asyncio.get_running_loop().time()
         standing.failures, standing.grew_at = 0, now
         self._fetched_bytes += bucket.size_bytes
@@ -192,6 +220,14 @@ class Fetch:
         self._tally.bytes_per_s = self._fetched_bytes / max(now - self._begun_at, 1e-3)
         self._partial.mark_good(index)
         self._progress(self._partial.bytes_done, self._partial.bytes_total)
+
+    def _is_right(self, index: int, base: Base | None, delta: bytes | None) -> bool:
+        """Whether what came is the bucket, made of its delta where it is one. In any thread."""
+        if base is not None and delta is not None:
+            with self._partial.view(index) as place:
+                if not base.rebuild(self._partial.manifest.buckets[index], delta, place):
+                    return False
+        return self._partial.matches(index)
 
     async def _wait_for(self, source: Source, error: NotYet | NotHeld) -> None:
         """Of a source that does not have a bucket: whether it may be asked again soon, later or never."""

@@ -12,6 +12,7 @@ only when the next staging starts and needs its place. All methods block; call t
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import stat
@@ -28,12 +29,15 @@ from hotweights.worker_client.image.errors import BadImage
 from hotweights.worker_client.image.folder import inside
 from hotweights.worker_client.image.manifest import parse_manifest
 from hotweights.worker_client.image.verify import verify_folder
+from hotweights.worker_client.stage.base import Base, likeness
 from hotweights.worker_client.stage.errors import ImageAltered, NotStaged, StageFull, StageTaken, StageUnsafe
 from hotweights.worker_client.stage.partial import Partial, Progress, image_bytes
 from hotweights.worker_client.stage.pins import Pins
 from hotweights.worker_client.stage.room import Room, measure_room
 from hotweights.worker_client.stage.stamps import Stamps, stamps_of
 from hotweights.worker_client.stage.way import weak_point
+
+log = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"
 _MANIFEST = ".manifest"
@@ -123,6 +127,20 @@ class Stage:
     def peek(self, digest: bytes) -> manifest_pb2.Manifest | None:
         """Of an image that is held. Waits for no lock, which is held while room is made: for the event loop."""
         return self._held.get(digest)
+
+    def base_of(self, manifest: manifest_pb2.Manifest) -> Base | None:
+        """The image that is most like one to come, the one used last of those that are equally; None if none is."""
+        with self._lock:
+            held = dict(enumerate(self._held.items()))
+            likest = max(((*likeness(other, manifest), at) for at, (_, other) in held.items()), default=(0, 0, 0))
+            if not likest[0]:
+                return None
+            digest, other = held[likest[2]]
+            try:
+                return Base(digest, other, self.root / digest.hex())
+            except OSError as error:
+                log.warning("image %s cannot be read, and is no base: %s", digest.hex()[:16], error)
+                return None
 
     def used_bytes(self) -> int:
         """What images and unfinished ones take."""

@@ -1,0 +1,162 @@
+"""The next version to a node that has the one before, over a link of 1 Gbit/s: what crosses the wire, and the time.
+
+    python -m benchmarks.delta --json [--quick]
+
+    wire_share_X    bytes that left the publisher's link, over the image, where X % of the values changed (01: 0.1 %)
+    speedup_1       time of the whole image to a node with nothing, over that of a version with 1 % changed, each from
+                    publishing (hashing the folder) until the node has it verified in its stage
+    plain_overhead  time of staging a version in which everything changed on a node with the one before, over one with
+                    nothing: what looking for deltas costs
+
+Coordinator, publisher and agents are the real ones, in two network namespaces with a limited link (tc tbf); see
+benchmarks.fanout. Values are bf16; those that change are spread at random over all tensors, and move by one to three
+units in the last place.
+"""
+
+import argparse
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from benchmarks import netns
+from benchmarks.distribute import Took, distribute
+from benchmarks.fanout import ENDPOINT, Fleet, sent_bytes
+from benchmarks.report import Report, progress
+from hotweights.worker_client.config import load_config
+
+MBIT = 1000.0
+MIB = 1 << 20
+IMAGE_MIB, IMAGE_MIB_QUICK = 1024, 128
+RUNS, RUNS_QUICK = 5, 1
+SHARES = {"01": 0.001, "1": 0.01, "2": 0.02, "10": 0.1, "100": 1.0}
+TENSORS = 16
+Values = dict[str, np.ndarray]
+
+
+def random_values(random: np.random.Generator, size_bytes: int) -> Values:
+    """bf16 weights as a model has them: normally distributed, as their bits."""
+    count = size_bytes // TENSORS // 2
+    return {
+        f"layer.{n}": (random.standard_normal(count, dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        for n in range(TENSORS)
+    }
+
+
+def changed_values(random: np.random.Generator, values: Values, share: float) -> Values:
+    changed = {}
+    for name, before in values.items():
+        steps = random.integers(1, 4, before.size, dtype=np.uint16)
+        if share < 1:
+            steps *= random.random(before.size, dtype=np.float32) < share
+        changed[name] = before + steps
+    return changed
+
+
+def write(folder: Path, values: Values) -> Path:
+    """As a checkpoint. Its values are told as U16, which no engine would take; nodes do not look at them."""
+    folder.mkdir(parents=True)
+    save_file(values, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+class Pair:
+    """A publisher and a node, and a folder of memory for images."""
+
+    def __init__(self, fleet: Fleet, nodes: list[netns.Node], stages: Path, size_bytes: int) -> None:
+        self._fleet, self._stages, self.size_bytes = fleet, stages, size_bytes
+        self._publisher, self._node = nodes
+        self._models = 0
+
+    def forget(self) -> None:
+        """The node begins anew, with nothing staged."""
+        self._fleet.kill_agent(self._node)
+        shutil.rmtree(self._stages / self._node.name, ignore_errors=True)
+        self._fleet.start_agent(self._node)
+
+    def send(self, folder: Path) -> tuple[Took, float]:
+        """What it took, and bytes on the wire over the image."""
+        self._models += 1
+        settings = {"HOTWEIGHTS_STAGE_DIR": str(self._stages / self._publisher.name), "HOTWEIGHTS_NODE": "here"}
+        sent = 0
+
+        def begin() -> None:
+            nonlocal sent
+            sent = sent_bytes(self._publisher)
+
+        took = asyncio.run(
+            distribute(ENDPOINT, load_config(settings), folder, f"m{self._models}", [self._node.name], begin=begin)
+        )
+        return took, (sent_bytes(self._publisher) - sent) / self.size_bytes
+
+
+def measure(pair: Pair, stages: Path, runs: int) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    random = np.random.default_rng()
+    for run in range(runs):
+        values = random_values(random, pair.size_bytes)
+        before = write(stages / "before", values)
+        for name, share in SHARES.items():
+            after = write(stages / "after", changed_values(random, values, share))
+            pair.forget()
+            full, _ = pair.send(before)
+            step, wire = pair.send(after)
+            progress(
+                f"run {run}: the whole in {full.publish_s:.2f} + {full.update_s:.2f} s, with {name} changed in "
+                f"{step.publish_s:.2f} + {step.update_s:.2f} s, {wire:.4f} images on the wire"
+            )
+            for key, value in (
+                (f"full_{name}", full.publish_s + full.update_s),
+                (f"step_{name}", step.publish_s + step.update_s),
+                (f"full_stage_{name}", full.update_s),
+                (f"step_stage_{name}", step.update_s),
+                (f"wire_{name}", wire),
+            ):
+                found.setdefault(key, []).append(value)
+            shutil.rmtree(after)
+        shutil.rmtree(before)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="the report as the last line of stdout")
+    parser.add_argument("--quick", action="store_true", help=f"{IMAGE_MIB_QUICK} MiB, one run")
+    arguments = parser.parse_args()
+    runs, size = (RUNS_QUICK, IMAGE_MIB_QUICK) if arguments.quick else (RUNS, IMAGE_MIB)
+    report = Report("delta", runs)
+    memory = Path("/dev/shm")
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hotweights-bench-")))
+        stages = Path(tempfile.mkdtemp(prefix="hotweights-bench-", dir=memory if memory.is_dir() else None))
+        stack.callback(shutil.rmtree, stages, True)
+        try:
+            nodes = stack.enter_context(netns.nodes(2, MBIT))
+        except netns.NoNamespaces as error:
+            for key in (*(f"wire_share_{name}" for name in SHARES), "speedup_1", "plain_overhead"):
+                report.skip(key, str(error))
+            report.emit(as_json=arguments.json)
+            return 0
+        fleet = Fleet(work, stages, nodes, max_images=2)
+        with fleet.running("hotweights.cli"):
+            found = measure(Pair(fleet, nodes, stages, size * MIB), stages, runs)
+    for key, values in found.items():
+        report.median(key, values, "images" if key.startswith("wire") else "s")
+    for name in SHARES:
+        report.ratios[f"wire_share_{name}"] = report.medians[f"wire_{name}"]["value"]  # type: ignore[assignment]
+    report.ratio("speedup_1", found["full_1"], found["step_1"])
+    report.ratio("plain_overhead", found["step_stage_100"], found["full_stage_100"])
+    report.emit(as_json=arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.pop("HOTWEIGHTS_ENDPOINT", None)
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""Deltas of buckets that were made or received lately: readers of one source ask for the same ones."""
+
+import threading
+from collections import OrderedDict
+from typing import TypeAlias
+
+# Image, base, file, offset.
+Key: TypeAlias = tuple[bytes, bytes, int, int]
+
+KEPT_BYTES = 64 << 20
+
+
+class Deltas:
+    """The last KEPT_BYTES of them. Thread-safe."""
+
+    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
+        self._kept_bytes = kept_bytes
+        self._bytes = 0
+        self._deltas: OrderedDict[Key, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Key) -> bytes | None:
+        with self._lock:
+            if (delta := self._deltas.get(key)) is not None:
+                self._deltas.move_to_end(key)
+            return delta
+
+    def put(self, key: Key, delta: bytes) -> None:
+        with self._lock:
+            self._bytes += len(delta) - len(self._deltas.pop(key, b""))
+            self._deltas[key] = delta
+            while self._bytes > self._kept_bytes:
+                _, oldest = self._deltas.popitem(last=False)
+                self._bytes -= len(oldest)
