@@ -3,6 +3,7 @@
     python -m benchmarks.transfer --json [--quick]
 
     tcp_rate      ours over tcp, every bucket verified in the stage, over a plain socket's `recv_into` of as many bytes
+    ucx_rate      ours over UCX with nothing but TCP, likewise; shm_rate: where it may take shared memory too
     gloo_rate     a broadcast of torch.distributed over gloo, which verifies nothing, over the same
     line_share    ours over a link of 1 Gbit/s between two network namespaces, of what the link carries
 
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -100,43 +102,55 @@ class Memory:
     async def until_more(self, image: bytes) -> None: ...
 
 
-def send_tcp(pipe: Connection, folder: Path) -> None:
+def transport_of(ucx: str) -> Any:
+    """Ours over UCX with these of its transports; over tcp where there are none."""
+    from hotweights.transports.registry import open_transport
+
+    return open_transport("ucx", ucx={"TLS": ucx}) if ucx else open_transport("tcp")
+
+
+def send_ours(pipe: Connection, folder: Path, ucx: str = "") -> None:
     """As an agent does."""
-    from hotweights.transports.tcp import TcpTransport
 
     async def serve() -> None:
-        server = await TcpTransport().serve(Memory(folder), check=lambda token, image: True)
+        server = await transport_of(ucx).serve(Memory(folder), "127.0.0.1:0", check=lambda token, image: True)
         pipe.send(server.address)
         await asyncio.Event().wait()
 
     asyncio.run(serve())
 
 
-def receive_tcp(address: str, folder: Path) -> float:
+def receive_ours(address: str, folder: Path, ucx: str = "") -> float:
+    """In a process of its own: UCX stays as it was set at first."""
+    with mp.get_context("spawn").Pool(1) as pool:
+        return pool.apply(receive_into_stage, (address, folder, ucx))
+
+
+def receive_into_stage(address: str, folder: Path, ucx: str) -> float:
     """Seconds until the image is whole and verified in the stage, the room for it being there."""
     from hotweights.transports.base import Connection as Way
-    from hotweights.transports.tcp import TcpTransport
     from hotweights.v1.worker_service_pb2 import Source
     from hotweights.worker_client.image import build_manifest
     from hotweights.worker_client.stage.fetch import Fetch
     from hotweights.worker_client.stage.stage import Stage
 
     async def connect(source: Source) -> Way:
-        return await TcpTransport().connect(address, token=b"-", deadline_s=10)
+        way: Way = await transport_of(ucx).connect(address, token=b"-", deadline_s=10)
+        return way
 
     image = build_manifest(folder)
     root = Path(tempfile.mkdtemp(prefix="hotweights-bench-", dir="/dev/shm"))
     try:
         stage = Stage(root / "stage")
         stage.open()
-        partial, _ = stage.reserve(image.digest, image.blob)
+        coming, _ = stage.reserve(image.digest, image.blob)
         for index in range(len(image.manifest.buckets)):  # mapped pages too
-            with partial.view(index) as place:
+            with coming.view(index) as place:
                 touch(place)
         begun = time.perf_counter()
-        asyncio.run(Fetch(partial, [Source(node_id="source")], connect, lambda done, total: None).run())
+        asyncio.run(Fetch(coming, [Source(node_id="source")], connect, lambda done, total: None).run())
         took = time.perf_counter() - begun
-        stage.finish(partial)
+        stage.finish(coming)
         stage.close()
         return took
     finally:
@@ -226,8 +240,13 @@ def main() -> int:
         folder = make_image(work / "image", size)
         movers: dict[str, Pair | Gloo] = {
             "plain": Pair(context, send_plain, receive_plain, folder),
-            "tcp": Pair(context, send_tcp, receive_tcp, folder),
+            "tcp": Pair(context, send_ours, receive_ours, folder),
         }
+        for name, ucx in (("ucx", "tcp,self"), ("shm", "tcp,sm,self")):
+            if importlib.util.find_spec("ucxx") is None:
+                report.skip(f"{name}_rate", "ucxx is not installed")
+            else:
+                movers[name] = Pair(context, partial(send_ours, ucx=ucx), partial(receive_ours, ucx=ucx), folder)
         if importlib.util.find_spec("torch") is None:
             report.skip("gloo_rate", "torch is not installed")
         else:
@@ -253,8 +272,6 @@ def main() -> int:
             report.ratios["line_share"] = float(report.medians["line_share"]["value"])
         except netns.NoNamespaces as error:
             report.skip("line_share", str(error))
-    for name in ("ucx_rate", "shm_rate"):
-        report.skip(name, "the ucx transport is not in this version")
     for name, module in (("nixl_rate", "nixl"), ("mooncake_rate", "mooncake")):
         there = importlib.util.find_spec(module) is not None
         report.skip(name, "not measured yet" if there else f"{module} is not installed")

@@ -1,6 +1,7 @@
 """Updates seen through the command line, with a replica that has no engine."""
 
 import json
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +143,8 @@ def test_events_are_followed_over_a_filter_until_the_reader_goes(agent: Serving,
         stdout=subprocess.PIPE,
         text=True,
         env=agent.node.environment(HOTWEIGHTS_ENDPOINT=agent.endpoint),
+        # Heard even where these tests run in the background of a shell.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     events = [json.loads(process.stdout.readline()) for _ in range(3)]

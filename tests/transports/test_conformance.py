@@ -2,9 +2,11 @@
 
 import asyncio
 import hashlib
+import importlib.util
 import threading
 
 import pytest
+import pytest_asyncio
 from tests.certificates import Authority, contexts
 from tests.transports.sources import IMAGE, MIB, TOKEN, Held, pattern, serving
 
@@ -13,6 +15,8 @@ from hotweights.transports.errors import DeadlinePassed, NotHeld, NotYet, PeerGo
 from hotweights.transports.line import Tls
 from hotweights.transports.memory import MemoryNetwork, MemoryTransport
 from hotweights.transports.tcp import TcpTransport
+from hotweights.transports.ucx import UcxTransport
+from hotweights.transports.ucx_lane import open_lane
 
 OTHER_IMAGE = bytes(32)
 CONTENT = pattern(3 * MIB + 5)
@@ -24,10 +28,18 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
     return contexts(authority.issue("source"), authority.issue("reader"), trusts=authority.file)
 
 
-@pytest.fixture(params=["memory", "tcp", "tcp over TLS"])
-def transport(request: pytest.FixtureRequest, tls: Tls) -> Transport:
+# One loop for all: the libraries of UCX keep one worker a process, which stays with the loop that made it.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(loop_scope="module", params=["memory", "tcp", "tcp over TLS", "ucx"])
+async def transport(request: pytest.FixtureRequest, tls: Tls) -> Transport:
     if request.param == "memory":
         return MemoryTransport(MemoryNetwork())
+    if request.param == "ucx":
+        if importlib.util.find_spec("ucxx") is None:
+            pytest.skip("ucxx is not installed: it has wheels for Linux and Python 3.11 only")
+        return UcxTransport(open_lane({"TLS": "tcp,sm,self"}))
     return TcpTransport(tls=tls if request.param == "tcp over TLS" else None)
 
 

@@ -25,23 +25,23 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahotweights/v1/update.proto\x12\rhotweights.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb0\x02\n\rUpdateOptions\x12\x34\n\x0e\x66\x61ilure_policy\x18\x01 \x01(\x0e\x32\x1c.hotweights.v1.FailurePolicy\x12)\n\x08inflight\x18\x02 \x01(\x0e\x32\x17.hotweights.v1.Inflight\x12\x0e\n\x06\x63\x61nary\x18\x03 \x01(\r\x12\x17\n\x0fmax_unavailable\x18\x04 \x01(\t\x12\x12\n\nmax_failed\x18\x05 \x01(\t\x12\x1a\n\x12staging_deadline_s\x18\x06 \x01(\x01\x12\x1a\n\x12quiesce_deadline_s\x18\x07 \x01(\x01\x12\x18\n\x10\x61pply_deadline_s\x18\x08 \x01(\x01\x12\x14\n\x0c\x63heck_finite\x18\t \x01(\x08\x12\x19\n\x11\x61sleep_deadline_s\x18\n \x01(\x01\"X\n\x0bWindowTimes\x12\x12\n\nquiesce_ms\x18\x01 \x01(\x01\x12\x10\n\x08\x61pply_ms\x18\x02 \x01(\x01\x12\x11\n\tresume_ms\x18\x03 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\"\x9d\x01\n\rUpdateReplica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0c\n\x04wave\x18\x02 \x01(\r\x12.\n\x07outcome\x18\x03 \x01(\x0e\x32\x1d.hotweights.v1.ReplicaOutcome\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12*\n\x06window\x18\x05 \x01(\x0b\x32\x1a.hotweights.v1.WindowTimes\"\x97\x01\n\nUpdateNode\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x12\n\nbytes_done\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x0e\n\x06staged\x18\x04 \x01(\x08\x12\x16\n\x0esource_node_id\x18\x05 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x06 \x01(\x01\x12\x12\n\nwire_bytes\x18\x07 \x01(\x04\"\xbe\x03\n\x06Update\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.hotweights.v1.UpdateKind\x12)\n\x05phase\x18\x04 \x01(\x0e\x32\x1a.hotweights.v1.UpdatePhase\x12\x14\n\x0c\x62\x61se_version\x18\x05 \x01(\t\x12\x16\n\x0etarget_version\x18\x06 \x01(\t\x12-\n\x07options\x18\x07 \x01(\x0b\x32\x1c.hotweights.v1.UpdateOptions\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x0c\n\x04wave\x18\t \x01(\r\x12\x12\n\nwave_count\x18\n \x01(\r\x12.\n\x08replicas\x18\x0b \x03(\x0b\x32\x1c.hotweights.v1.UpdateReplica\x12(\n\x05nodes\x18\x0c \x03(\x0b\x32\x19.hotweights.v1.UpdateNode\x12.\n\nstarted_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa2\x01\n\x04Plan\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x62\x61se_version\x18\x02 \x01(\t\x12\x16\n\x0etarget_version\x18\x03 \x01(\t\x12&\n\x05nodes\x18\x04 \x03(\x0b\x32\x17.hotweights.v1.PlanNode\x12&\n\x05waves\x18\x05 \x03(\x0b\x32\x17.hotweights.v1.PlanWave\x12\r\n\x05notes\x18\x06 \x03(\t\"y\n\x08PlanNode\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66\x65tch_bytes\x18\x02 \x01(\x04\x12\x15\n\rfetch_buckets\x18\x03 \x01(\r\x12\x17\n\x0fsource_node_ids\x18\x04 \x03(\t\x12\x17\n\x0funchanged_bytes\x18\x05 \x01(\x04\"\x1f\n\x08PlanWave\x12\x13\n\x0breplica_ids\x18\x01 \x03(\t*\xd3\x01\n\x0bUpdatePhase\x12\x1c\n\x18UPDATE_PHASE_UNSPECIFIED\x10\x00\x12\x18\n\x14UPDATE_PHASE_STAGING\x10\x01\x12\x19\n\x15UPDATE_PHASE_APPLYING\x10\x02\x12\x1a\n\x16UPDATE_PHASE_COMMITTED\x10\x03\x12\x1d\n\x19UPDATE_PHASE_ROLLING_BACK\x10\x04\x12\x1c\n\x18UPDATE_PHASE_ROLLED_BACK\x10\x05\x12\x18\n\x14UPDATE_PHASE_ABORTED\x10\x06*t\n\nUpdateKind\x12\x1b\n\x17UPDATE_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11UPDATE_KIND_FLEET\x10\x01\x12\x18\n\x14UPDATE_KIND_ROLLBACK\x10\x02\x12\x18\n\x14UPDATE_KIND_CATCH_UP\x10\x03*f\n\rFailurePolicy\x12\x1e\n\x1a\x46\x41ILURE_POLICY_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x46\x41ILURE_POLICY_ROLLBACK\x10\x01\x12\x18\n\x14\x46\x41ILURE_POLICY_EVICT\x10\x02*w\n\x08Inflight\x12\x18\n\x14INFLIGHT_UNSPECIFIED\x10\x00\x12\x16\n\x12INFLIGHT_RECOMPUTE\x10\x01\x12\x12\n\x0eINFLIGHT_DRAIN\x10\x02\x12\x12\n\x0eINFLIGHT_ABORT\x10\x03\x12\x11\n\rINFLIGHT_KEEP\x10\x04*\xd6\x02\n\x0eReplicaOutcome\x12\x1f\n\x1bREPLICA_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17REPLICA_OUTCOME_STAGING\x10\x01\x12\x1c\n\x18REPLICA_OUTCOME_PREPARED\x10\x02\x12\x1c\n\x18REPLICA_OUTCOME_APPLYING\x10\x03\x12\x1b\n\x17REPLICA_OUTCOME_APPLIED\x10\x04\x12\x1a\n\x16REPLICA_OUTCOME_FAILED\x10\x05\x12\x1d\n\x19REPLICA_OUTCOME_RESTORING\x10\x06\x12\x1c\n\x18REPLICA_OUTCOME_RESTORED\x10\x07\x12\x1c\n\x18REPLICA_OUTCOME_DIVERGED\x10\x08\x12\x18\n\x14REPLICA_OUTCOME_TORN\x10\t\x12\x1c\n\x18REPLICA_OUTCOME_EXCLUDED\x10\nb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahotweights/v1/update.proto\x12\rhotweights.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb0\x02\n\rUpdateOptions\x12\x34\n\x0e\x66\x61ilure_policy\x18\x01 \x01(\x0e\x32\x1c.hotweights.v1.FailurePolicy\x12)\n\x08inflight\x18\x02 \x01(\x0e\x32\x17.hotweights.v1.Inflight\x12\x0e\n\x06\x63\x61nary\x18\x03 \x01(\r\x12\x17\n\x0fmax_unavailable\x18\x04 \x01(\t\x12\x12\n\nmax_failed\x18\x05 \x01(\t\x12\x1a\n\x12staging_deadline_s\x18\x06 \x01(\x01\x12\x1a\n\x12quiesce_deadline_s\x18\x07 \x01(\x01\x12\x18\n\x10\x61pply_deadline_s\x18\x08 \x01(\x01\x12\x14\n\x0c\x63heck_finite\x18\t \x01(\x08\x12\x19\n\x11\x61sleep_deadline_s\x18\n \x01(\x01\"X\n\x0bWindowTimes\x12\x12\n\nquiesce_ms\x18\x01 \x01(\x01\x12\x10\n\x08\x61pply_ms\x18\x02 \x01(\x01\x12\x11\n\tresume_ms\x18\x03 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\"\x9d\x01\n\rUpdateReplica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0c\n\x04wave\x18\x02 \x01(\r\x12.\n\x07outcome\x18\x03 \x01(\x0e\x32\x1d.hotweights.v1.ReplicaOutcome\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12*\n\x06window\x18\x05 \x01(\x0b\x32\x1a.hotweights.v1.WindowTimes\"\xaa\x01\n\nUpdateNode\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x12\n\nbytes_done\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x0e\n\x06staged\x18\x04 \x01(\x08\x12\x16\n\x0esource_node_id\x18\x05 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x06 \x01(\x01\x12\x12\n\nwire_bytes\x18\x07 \x01(\x04\x12\x11\n\ttransport\x18\x08 \x01(\t\"\xbe\x03\n\x06Update\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.hotweights.v1.UpdateKind\x12)\n\x05phase\x18\x04 \x01(\x0e\x32\x1a.hotweights.v1.UpdatePhase\x12\x14\n\x0c\x62\x61se_version\x18\x05 \x01(\t\x12\x16\n\x0etarget_version\x18\x06 \x01(\t\x12-\n\x07options\x18\x07 \x01(\x0b\x32\x1c.hotweights.v1.UpdateOptions\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x0c\n\x04wave\x18\t \x01(\r\x12\x12\n\nwave_count\x18\n \x01(\r\x12.\n\x08replicas\x18\x0b \x03(\x0b\x32\x1c.hotweights.v1.UpdateReplica\x12(\n\x05nodes\x18\x0c \x03(\x0b\x32\x19.hotweights.v1.UpdateNode\x12.\n\nstarted_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa2\x01\n\x04Plan\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x62\x61se_version\x18\x02 \x01(\t\x12\x16\n\x0etarget_version\x18\x03 \x01(\t\x12&\n\x05nodes\x18\x04 \x03(\x0b\x32\x17.hotweights.v1.PlanNode\x12&\n\x05waves\x18\x05 \x03(\x0b\x32\x17.hotweights.v1.PlanWave\x12\r\n\x05notes\x18\x06 \x03(\t\"y\n\x08PlanNode\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66\x65tch_bytes\x18\x02 \x01(\x04\x12\x15\n\rfetch_buckets\x18\x03 \x01(\r\x12\x17\n\x0fsource_node_ids\x18\x04 \x03(\t\x12\x17\n\x0funchanged_bytes\x18\x05 \x01(\x04\"\x1f\n\x08PlanWave\x12\x13\n\x0breplica_ids\x18\x01 \x03(\t*\xd3\x01\n\x0bUpdatePhase\x12\x1c\n\x18UPDATE_PHASE_UNSPECIFIED\x10\x00\x12\x18\n\x14UPDATE_PHASE_STAGING\x10\x01\x12\x19\n\x15UPDATE_PHASE_APPLYING\x10\x02\x12\x1a\n\x16UPDATE_PHASE_COMMITTED\x10\x03\x12\x1d\n\x19UPDATE_PHASE_ROLLING_BACK\x10\x04\x12\x1c\n\x18UPDATE_PHASE_ROLLED_BACK\x10\x05\x12\x18\n\x14UPDATE_PHASE_ABORTED\x10\x06*t\n\nUpdateKind\x12\x1b\n\x17UPDATE_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11UPDATE_KIND_FLEET\x10\x01\x12\x18\n\x14UPDATE_KIND_ROLLBACK\x10\x02\x12\x18\n\x14UPDATE_KIND_CATCH_UP\x10\x03*f\n\rFailurePolicy\x12\x1e\n\x1a\x46\x41ILURE_POLICY_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x46\x41ILURE_POLICY_ROLLBACK\x10\x01\x12\x18\n\x14\x46\x41ILURE_POLICY_EVICT\x10\x02*w\n\x08Inflight\x12\x18\n\x14INFLIGHT_UNSPECIFIED\x10\x00\x12\x16\n\x12INFLIGHT_RECOMPUTE\x10\x01\x12\x12\n\x0eINFLIGHT_DRAIN\x10\x02\x12\x12\n\x0eINFLIGHT_ABORT\x10\x03\x12\x11\n\rINFLIGHT_KEEP\x10\x04*\xd6\x02\n\x0eReplicaOutcome\x12\x1f\n\x1bREPLICA_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17REPLICA_OUTCOME_STAGING\x10\x01\x12\x1c\n\x18REPLICA_OUTCOME_PREPARED\x10\x02\x12\x1c\n\x18REPLICA_OUTCOME_APPLYING\x10\x03\x12\x1b\n\x17REPLICA_OUTCOME_APPLIED\x10\x04\x12\x1a\n\x16REPLICA_OUTCOME_FAILED\x10\x05\x12\x1d\n\x19REPLICA_OUTCOME_RESTORING\x10\x06\x12\x1c\n\x18REPLICA_OUTCOME_RESTORED\x10\x07\x12\x1c\n\x18REPLICA_OUTCOME_DIVERGED\x10\x08\x12\x18\n\x14REPLICA_OUTCOME_TORN\x10\t\x12\x1c\n\x18REPLICA_OUTCOME_EXCLUDED\x10\nb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hotweights.v1.update_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UPDATEPHASE']._serialized_start=1560
-  _globals['_UPDATEPHASE']._serialized_end=1771
-  _globals['_UPDATEKIND']._serialized_start=1773
-  _globals['_UPDATEKIND']._serialized_end=1889
-  _globals['_FAILUREPOLICY']._serialized_start=1891
-  _globals['_FAILUREPOLICY']._serialized_end=1993
-  _globals['_INFLIGHT']._serialized_start=1995
-  _globals['_INFLIGHT']._serialized_end=2114
-  _globals['_REPLICAOUTCOME']._serialized_start=2117
-  _globals['_REPLICAOUTCOME']._serialized_end=2459
+  _globals['_UPDATEPHASE']._serialized_start=1579
+  _globals['_UPDATEPHASE']._serialized_end=1790
+  _globals['_UPDATEKIND']._serialized_start=1792
+  _globals['_UPDATEKIND']._serialized_end=1908
+  _globals['_FAILUREPOLICY']._serialized_start=1910
+  _globals['_FAILUREPOLICY']._serialized_end=2012
+  _globals['_INFLIGHT']._serialized_start=2014
+  _globals['_INFLIGHT']._serialized_end=2133
+  _globals['_REPLICAOUTCOME']._serialized_start=2136
+  _globals['_REPLICAOUTCOME']._serialized_end=2478
   _globals['_UPDATEOPTIONS']._serialized_start=79
   _globals['_UPDATEOPTIONS']._serialized_end=383
   _globals['_WINDOWTIMES']._serialized_start=385
@@ -49,13 +49,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPDATEREPLICA']._serialized_start=476
   _globals['_UPDATEREPLICA']._serialized_end=633
   _globals['_UPDATENODE']._serialized_start=636
-  _globals['_UPDATENODE']._serialized_end=787
-  _globals['_UPDATE']._serialized_start=790
-  _globals['_UPDATE']._serialized_end=1236
-  _globals['_PLAN']._serialized_start=1239
-  _globals['_PLAN']._serialized_end=1401
-  _globals['_PLANNODE']._serialized_start=1403
-  _globals['_PLANNODE']._serialized_end=1524
-  _globals['_PLANWAVE']._serialized_start=1526
-  _globals['_PLANWAVE']._serialized_end=1557
+  _globals['_UPDATENODE']._serialized_end=806
+  _globals['_UPDATE']._serialized_start=809
+  _globals['_UPDATE']._serialized_end=1255
+  _globals['_PLAN']._serialized_start=1258
+  _globals['_PLAN']._serialized_end=1420
+  _globals['_PLANNODE']._serialized_start=1422
+  _globals['_PLANNODE']._serialized_end=1543
+  _globals['_PLANWAVE']._serialized_start=1545
+  _globals['_PLANWAVE']._serialized_end=1576
 # @@protoc_insertion_point(module_scope)

@@ -133,7 +133,7 @@ class UpdateReplica(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., wave: _Optional[int] = ..., outcome: _Optional[_Union[ReplicaOutcome, str]] = ..., reason: _Optional[str] = ..., window: _Optional[_Union[WindowTimes, _Mapping]] = ...) -> None: ...
 
 class UpdateNode(_message.Message):
-    __slots__ = ("node_id", "bytes_done", "bytes_total", "staged", "source_node_id", "bytes_per_s", "wire_bytes")
+    __slots__ = ("node_id", "bytes_done", "bytes_total", "staged", "source_node_id", "bytes_per_s", "wire_bytes", "transport")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +141,7 @@ class UpdateNode(_message.Message):
     SOURCE_NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     bytes_done: int
     bytes_total: int
@@ -148,7 +149,8 @@ class UpdateNode(_message.Message):
     source_node_id: str
     bytes_per_s: float
     wire_bytes: int
-    def __init__(self, node_id: _Optional[str] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., staged: bool = ..., source_node_id: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., wire_bytes: _Optional[int] = ...) -> None: ...
+    transport: str
+    def __init__(self, node_id: _Optional[str] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., staged: bool = ..., source_node_id: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., wire_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class Update(_message.Message):
     __slots__ = ("id", "model", "kind", "phase", "base_version", "target_version", "options", "reason", "wave", "wave_count", "replicas", "nodes", "started_at", "ended_at")

@@ -257,20 +257,22 @@ class Report(_message.Message):
     def __init__(self, number: _Optional[int] = ..., update_id: _Optional[str] = ..., epoch: _Optional[int] = ..., stage_progress: _Optional[_Union[StageProgress, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., stage_failed: _Optional[_Union[StageFailed, _Mapping]] = ..., images_held: _Optional[_Union[ImagesHeld, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., prepare_failed: _Optional[_Union[PrepareFailed, _Mapping]] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., apply_failed: _Optional[_Union[ApplyFailed, _Mapping]] = ..., active_changed: _Optional[_Union[ActiveChanged, _Mapping]] = ..., deferred: _Optional[_Union[Deferred, _Mapping]] = ..., peer_refused: _Optional[_Union[PeerRefused, _Mapping]] = ..., source_left: _Optional[_Union[SourceLeft, _Mapping]] = ...) -> None: ...
 
 class StageProgress(_message.Message):
-    __slots__ = ("manifest_digest", "bytes_done", "bytes_total", "source_node_id", "bytes_per_s", "wire_bytes")
+    __slots__ = ("manifest_digest", "bytes_done", "bytes_total", "source_node_id", "bytes_per_s", "wire_bytes", "transport")
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     SOURCE_NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     manifest_digest: bytes
     bytes_done: int
     bytes_total: int
     source_node_id: str
     bytes_per_s: float
     wire_bytes: int
-    def __init__(self, manifest_digest: _Optional[bytes] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., source_node_id: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., wire_bytes: _Optional[int] = ...) -> None: ...
+    transport: str
+    def __init__(self, manifest_digest: _Optional[bytes] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., source_node_id: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., wire_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class SourceLeft(_message.Message):
     __slots__ = ("manifest_digest", "source_node_id", "reason", "lied")

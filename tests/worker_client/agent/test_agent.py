@@ -1,6 +1,7 @@
 """Agents as engines, publishers and the coordinator meet them: real sockets, real TCP, real files."""
 
 import asyncio
+import importlib.util
 import json
 import os
 import shutil
@@ -12,10 +13,12 @@ from typing import Any
 
 import grpc
 import pytest
+from tests.certificates import Authority
 from tests.worker_client.agent.nodes import SmallCoordinator, a_config, a_coordinator, agent_of, answering, until
 from tests.worker_client.image.files import entry, write_raw
 from tests.worker_client.stage.checkpoints import contents, make_folder, touch_bytes
 
+from hotweights.transports import ucx_lane
 from hotweights.v1 import agent_service_pb2 as pb
 from hotweights.v1 import agent_service_pb2_grpc as rpc
 from hotweights.v1 import worker_service_pb2
@@ -135,6 +138,52 @@ async def test_a_published_version_is_fetched_by_another_node_and_both_hold_it(
         assert contents(staged) == contents(folder)
         shown = [(entry.model, entry.version, entry.folder) for entry in (await source.status()).folders]
         assert shown == [("m", "v1", str(folder))]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed")
+async def test_where_ucx_is_asked_for_buckets_go_over_it_and_the_node_says_so(
+    home: Path, coordinator: SmallCoordinator
+) -> None:
+    first, second = (make_folder(home / name, tensor_bytes=400_000) for name in ("v1", "v2"))
+    touch_bytes(second / "model-1.safetensors", 1000)
+    settings = {"HOTWEIGHTS_TRANSPORT": "ucx", "HOTWEIGHTS_UCX_TLS": "tcp,self", "HOTWEIGHTS_CONNECTIONS": "4"}
+    async with (
+        agent_of(a_config(home, "a", coordinator.endpoint, **settings)) as source,
+        agent_of(a_config(home, "b", coordinator.endpoint, **settings)) as reader,
+        agent_of(a_config(home, "c", coordinator.endpoint)) as without,
+    ):
+        versions = [await source.publish_folder(folder, "m", folder.name) for folder in (first, second)]
+        await coordinator.hears("a", "b", "c")
+        ways = {"b": "ucx", "c": "tcp (no device for RDMA)"}
+        for version, folder in zip(versions, (first, second), strict=True):
+            for node, agent in (("b", reader), ("c", without)):
+                number = coordinator.stage(node, version.manifest_digest, "a")
+                assert (await coordinator.outcome(node, number)).staged.manifest_digest == version.manifest_digest
+                last = [report for report in coordinator.reports[node] if report.number == number][-2].stage_progress
+                assert last.transport == ways[node]
+                assert contents(await agent.map_image(version.manifest_digest, "replica-0")) == contents(folder)
+            assert last.wire_bytes == (last.bytes_total if folder is first else 12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"HOTWEIGHTS_CERT": "cert", "HOTWEIGHTS_KEY": "key"}, "sends buckets in plaintext"),
+        ({}, r"needs ucxx.*install hotweights\[ucx\]"),
+    ],
+    ids=["with a certificate", "without the library"],
+)
+async def test_where_ucx_cannot_be_the_agent_does_not_start_and_says_what_to_do(
+    home: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], said: str
+) -> None:
+    authority = Authority(home)
+    if settings:
+        settings = authority.issue("a").environment
+    monkeypatch.setattr(ucx_lane, "_lane", None)
+    monkeypatch.setattr(ucx_lane, "MODULES", ("no_such_module",))
+    config = a_config(home, "a", HOTWEIGHTS_TRANSPORT="ucx", **settings)
+    with pytest.raises(ValueError, match=said):
+        await asyncio.wait_for(serve_agent(config, started_by_client=False, stop=asyncio.Event()), 20)
 
 
 async def test_a_node_passes_on_what_it_has_while_the_rest_still_comes(

@@ -241,7 +241,7 @@ async def test_a_source_that_only_says_a_little_more_each_time_is_left(
     monkeypatch.setattr(fetch, "STALL_S", 0.2)
 
     class Talker:
-        said = 0
+        way, said = "talk", 0
 
         async def read_into(self, *_: object, **__: object) -> int:
             Talker.said += 1

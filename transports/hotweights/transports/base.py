@@ -80,6 +80,10 @@ class Server(Protocol):
 class Connection(Protocol):
     """A way to one source. Reads on it happen one after the other; open several for more at once."""
 
+    @property
+    def way(self) -> str:
+        """How the bytes come, for a person: the transport, and why it is that one where it could be another."""
+
     async def read_into(
         self, image: bytes, file: int, offset: int, into: memoryview, *, deadline_s: float, base: bytes | None = None
     ) -> int:

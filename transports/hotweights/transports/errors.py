@@ -17,6 +17,7 @@ class TransportMissing(TransportError):
         self.name = name
         self.extra = extra
         self.known = tuple(known)
+        self.reason = reason
 
 
 class PeerGone(TransportError):

@@ -8,6 +8,15 @@
     READ_AGAINST the same, base  ---->
                                  <----   as for READ; fewer bytes than asked for are a delta to the base
 
+Where both have UCX, the frames stay on this connection and the bytes go beside it:
+
+    JOIN image, seal, UCX address -->
+                                 <----   JOINED seal, UCX address; or REFUSED why
+    READ_TAGGED the same as READ_AGAINST, tag -->
+                                 <----   DATA_TAGGED size, piece; and over UCX with that tag, piece by piece, the bytes
+
+The seal is made with the token: UCX ends its process on an address that is none, so it sees only what this code made.
+
 REFUSED ends the connection, unless it is that a range is not held, or not yet.
 
 Every frame is: length of the body (4 bytes, big endian), kind (1 byte), body. Only the bytes after
@@ -15,15 +24,18 @@ DATA are longer than FRAME_BYTES_MAX, and their number was asked for.
 """
 
 import asyncio
+import hmac
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
-from hotweights.transports.base import RANGE_BYTES_MAX, TOKEN_BYTES_MAX
+from hotweights.transports.base import IMAGE_BYTES, RANGE_BYTES_MAX, TOKEN_BYTES_MAX
 from hotweights.transports.line import Line, NoTls
 
 MAGIC = b"HOTWTS01"
-FRAME_BYTES_MAX = 1024
+FRAME_BYTES_MAX = 8192
+# What a reader keeps memory for.
+PIECE_BYTES_MAX = 4 << 20
 # About a millisecond of copying.
 YIELD_BYTES = 4 << 20
 _TEXT_BYTES_MAX = 512
@@ -32,7 +44,10 @@ _TLS = (b"\x15\x03", b"\x16\x03")
 
 _PREFIX = struct.Struct("!IB")
 _READ, _READ_AGAINST = struct.Struct("!32sIQQ"), struct.Struct("!32sIQQ32s")
-_DATA = struct.Struct("!Q")
+_READ_TAGGED = struct.Struct("!32sIQQ32sQ")
+_DATA, _DATA_TAGGED = struct.Struct("!Q"), struct.Struct("!QQ")
+_NO_BASE = bytes(32)
+_SEAL_BYTES = 32
 
 
 class Kind(IntEnum):
@@ -44,6 +59,10 @@ class Kind(IntEnum):
     DATA = 4
     REFUSED = 5
     READ_AGAINST = 6
+    JOIN = 7
+    JOINED = 8
+    READ_TAGGED = 9
+    DATA_TAGGED = 10
 
 
 _KINDS = frozenset(Kind)
@@ -65,6 +84,7 @@ class Can(IntFlag):
     """What a source tells of itself in its WELCOME: one of an earlier version says nothing."""
 
     DELTAS = 1
+    UCX = 2
 
 
 class Garbage(Exception):
@@ -88,6 +108,15 @@ class Read:
     offset: int
     size: int
     base: bytes | None = None
+    tag: int | None = None
+
+
+@dataclass(frozen=True)
+class Join:
+    """A reader's UCX address, sealed, and an image that he may read."""
+
+    image: bytes
+    sealed: bytes
 
 
 def frame(kind: Kind, body: bytes = b"") -> bytes:
@@ -107,6 +136,26 @@ def read(image: bytes, file: int, offset: int, size: int, base: bytes | None = N
     if base is None:
         return frame(Kind.READ, _READ.pack(image, file, offset, size))
     return frame(Kind.READ_AGAINST, _READ_AGAINST.pack(image, file, offset, size, base))
+
+
+def read_tagged(image: bytes, file: int, offset: int, size: int, base: bytes | None, tag: int) -> bytes:
+    return frame(Kind.READ_TAGGED, _READ_TAGGED.pack(image, file, offset, size, base or _NO_BASE, tag))
+
+
+def join(image: bytes, address: bytes, token: bytes) -> bytes:
+    return frame(Kind.JOIN, image + _seal(address, token) + address)
+
+
+def joined(address: bytes, token: bytes) -> bytes:
+    return frame(Kind.JOINED, _seal(address, token) + address)
+
+
+def _seal(address: bytes, token: bytes) -> bytes:
+    return hmac.digest(token, address, "sha256")
+
+
+def data_tagged(size: int, piece: int) -> bytes:
+    return frame(Kind.DATA_TAGGED, _DATA_TAGGED.pack(size, piece))
 
 
 def data(size: int) -> bytes:
@@ -133,15 +182,44 @@ def parse_welcome(kind: Kind, body: bytes) -> Can:
     return Can(body[0] & sum(Can)) if body else Can(0)
 
 
-def parse_read(kind: Kind, body: bytes) -> Read:
-    """Raises Garbage."""
-    form = {Kind.READ: _READ, Kind.READ_AGAINST: _READ_AGAINST}.get(kind)
+def parse_wish(kind: Kind, body: bytes) -> Read | Join:
+    """What a reader asks for. Raises Garbage."""
+    if kind is Kind.JOIN and len(body) > IMAGE_BYTES:
+        return Join(body[:IMAGE_BYTES], body[IMAGE_BYTES:])
+    form = {Kind.READ: _READ, Kind.READ_AGAINST: _READ_AGAINST, Kind.READ_TAGGED: _READ_TAGGED}.get(kind)
     if form is None or len(body) != form.size:
         raise Garbage("sent something else than a read")
-    wish = Read(*form.unpack(body))
+    image, file, offset, size, *more = form.unpack(body)
+    base, tag = [*more, None, None][:2]
+    wish = Read(image, file, offset, size, None if base == _NO_BASE else base, tag)
     if not 0 < wish.size <= RANGE_BYTES_MAX:
         raise Garbage(f"asks for {wish.size} bytes at once")
     return wish
+
+
+def parse_joined(kind: Kind, body: bytes, token: bytes) -> bytes:
+    """The source's UCX address. Raises Garbage."""
+    if kind is not Kind.JOINED:
+        raise Garbage("answered with something else than its UCX address")
+    return parse_sealed(body, token)
+
+
+def parse_sealed(sealed: bytes, token: bytes) -> bytes:
+    """A UCX address that was made by who has the token. Raises Garbage."""
+    seal, address = sealed[:_SEAL_BYTES], sealed[_SEAL_BYTES:]
+    if not address or not hmac.compare_digest(seal, _seal(address, token)):
+        raise Garbage("shows what is no UCX address of this version")
+    return address
+
+
+def parse_data_tagged(kind: Kind, body: bytes) -> tuple[int, int]:
+    """How many bytes come over UCX, and how many in a piece. Raises Garbage."""
+    if kind is not Kind.DATA_TAGGED or len(body) != _DATA_TAGGED.size:
+        raise Garbage("answered a read over UCX with something else")
+    size, piece = _DATA_TAGGED.unpack(body)
+    if not 0 < piece <= PIECE_BYTES_MAX:
+        raise Garbage(f"sends pieces of {piece} bytes")
+    return int(size), int(piece)
 
 
 def parse_data(kind: Kind, body: bytes) -> int:

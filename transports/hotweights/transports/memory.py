@@ -44,6 +44,8 @@ class MemoryServer:
 class MemoryConnection:
     """Part of MemoryTransport; see base.Connection."""
 
+    way = "memory"
+
     def __init__(self, server: MemoryServer, token: bytes) -> None:
         self._server = server
         self._token = token

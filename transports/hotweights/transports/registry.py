@@ -1,37 +1,83 @@
-"""Transports by name. Nothing is chosen silently: a name that is not there is an error that says what is."""
+"""Transports by name, and the choice between them. Nothing is chosen silently: a connection says why it is what it is.
 
-from collections.abc import Callable
+auto: ucx   where the machine has a device for RDMA, ucxx is installed and uses it, and nothing asks for TLS
+      tcp   else; and with sources that have no UCX
+"""
+
+from collections.abc import Callable, Mapping
 
 from hotweights.transports.base import Transport
 from hotweights.transports.errors import TransportMissing
 from hotweights.transports.line import Tls
 from hotweights.transports.pace import Pace
 
-KNOWN = ("memory", "tcp")
+KNOWN = ("memory", "tcp", "ucx")
 # Named in the design, so that asking for one is told apart from a typing error.
-PLANNED = ("cuda_ipc", "mpi", "ucx")
+PLANNED = ("cuda_ipc", "mpi")
+# What a node may be told to use between nodes.
+CHOICES = ("auto", "tcp", "ucx")
+Hears = Callable[[str, str], None]
 
 
 def open_transport(
     name: str,
     tls: Tls | None = None,
-    warn: Callable[[str, str], None] | None = None,
+    warn: Hears | None = None,
     pace: Pace | None = None,
+    *,
+    ucx: Mapping[str, str] | None = None,
 ) -> Transport:
     """The transport of that name. Imports only that one. Raises TransportMissing.
 
-    `tls` is for transports that cross a network: with it they speak TLS, and nothing else. So is `warn`: it hears of
-    everything that strangers do to a server, as a host and a text, and decides what is logged; None logs it all.
-    `pace` limits what its servers send.
+    `tls` is for tcp: with it everything is over TLS, and nothing in plaintext. `warn` hears of everything that
+    strangers do to a server, as a host and a text, and decides what is logged; None logs it all. `pace` limits what its
+    servers send. `ucx` are settings of UCX by its own names, without UCX_.
     """
     if name == "memory":
         from hotweights.transports.memory import MemoryTransport
 
         return MemoryTransport()
     if name == "tcp":
-        from hotweights.transports.tcp import TcpTransport
-        from hotweights.transports.tcp_server import log_all
-
-        return TcpTransport(tls=tls, warn=warn or log_all, pace=pace)
+        return _tcp(tls, warn, pace, "")
+    if name == "ucx":
+        return _ucx(warn, pace, ucx or {}, fall_back=False)
     reason = "is not in this version" if name in PLANNED else ""
     raise TransportMissing(name, known=KNOWN, reason=reason)
+
+
+def choose_transport(
+    tls: Tls | None = None,
+    warn: Hears | None = None,
+    pace: Pace | None = None,
+    *,
+    ucx: Mapping[str, str] | None = None,
+) -> Transport:
+    """What `auto` means here; see above."""
+    from hotweights.transports.ucx_lane import has_rdma, open_lane
+
+    if tls is not None:
+        return _tcp(tls, warn, pace, "")
+    if not has_rdma():
+        return _tcp(None, warn, pace, "no device for RDMA")
+    try:
+        lane = open_lane(ucx or {})
+    except TransportMissing as missing:
+        return _tcp(None, warn, pace, missing.reason)
+    if not lane.finds_rdma():
+        return _tcp(None, warn, pace, "UCX uses no device for RDMA")
+    return _ucx(warn, pace, ucx or {}, fall_back=True)
+
+
+def _tcp(tls: Tls | None, warn: Hears | None, pace: Pace | None, why: str) -> Transport:
+    from hotweights.transports.tcp import TcpTransport
+    from hotweights.transports.tcp_server import log_all
+
+    return TcpTransport(tls=tls, warn=warn or log_all, pace=pace, why=why)
+
+
+def _ucx(warn: Hears | None, pace: Pace | None, settings: Mapping[str, str], *, fall_back: bool) -> Transport:
+    from hotweights.transports.tcp_server import log_all
+    from hotweights.transports.ucx import UcxTransport
+    from hotweights.transports.ucx_lane import open_lane
+
+    return UcxTransport(open_lane(settings), warn=warn or log_all, pace=pace, fall_back=fall_back)

@@ -14,6 +14,7 @@ from hotweights.transports.errors import DeadlinePassed, NotHeld, NotYet, PeerGo
 from hotweights.transports.line import Line, NoTls, PlainLine, Tls, TlsLine
 from hotweights.transports.pace import Pace
 from hotweights.transports.tcp_server import Limits, TcpServer, Warn, log_all
+from hotweights.transports.ucx_lane import Lane
 
 LISTEN = "127.0.0.1:0"
 BACKLOG = 128
@@ -23,7 +24,8 @@ _ANY = ("0.0.0.0", "::")
 class TcpConnection:
     """See base.Connection. Made by TcpTransport.connect."""
 
-    def __init__(self, line: Line, address: str, can: frames.Can) -> None:
+    def __init__(self, line: Line, address: str, can: frames.Can, way: str = "tcp") -> None:
+        self.way = way
         self._line = line
         self._address = address
         self._can = can
@@ -47,18 +49,12 @@ class TcpConnection:
                 raise PeerGone(self._address, "the connection is closed")
             whole = False
             try:
-                await self._line.send(frames.read(image, file, offset, len(into), base))
-                kind, body = await frames.receive_frame(self._line)
-                if kind is frames.Kind.REFUSED:
-                    refusal = self._refusal(body, image, file, offset, len(into))
-                    whole = isinstance(refusal, NotHeld | NotYet)
-                    raise refusal
-                size = frames.parse_data(kind, body)
-                if size != len(into) and (base is None or not 0 < size < len(into)):
-                    raise frames.Garbage("sends another number of bytes than were asked for")
-                await frames.receive_into(self._line, into[:size], midway=True)
+                size = await self._ask(frames.Read(image, file, offset, len(into), base), into)
                 whole = True
                 return size
+            except (NotHeld, NotYet):
+                whole = True
+                raise
             except NoTls as error:
                 raise TlsFailed(self._address, str(error)) from error
             except (frames.Ended, frames.Garbage, OSError) as error:
@@ -67,6 +63,20 @@ class TcpConnection:
                 # Between two frames no longer, for whatever reason: nothing read later would be right.
                 if not whole or self._closed:
                     self._drop()
+
+    async def _ask(self, wish: frames.Read, into: memoryview) -> int:
+        """One read, and its answer: how many bytes came. Raises TransportError, Garbage, Ended, OSError, NoTls."""
+        await self._line.send(frames.read(wish.image, wish.file, wish.offset, wish.size, wish.base))
+        size = check_size(frames.parse_data(*await self._answer(wish)), wish)
+        await frames.receive_into(self._line, into[:size], midway=True)
+        return size
+
+    async def _answer(self, wish: frames.Read) -> tuple[frames.Kind, bytes]:
+        """Raises what it is refused with, and as _ask."""
+        kind, body = await frames.receive_frame(self._line)
+        if kind is frames.Kind.REFUSED:
+            raise self._refusal(body, wish.image, wish.file, wish.offset, wish.size)
+        return kind, body
 
     def _refusal(self, body: bytes, image: bytes, file: int, offset: int, size: int) -> Exception:
         why, text = frames.parse_refused(body)
@@ -98,6 +108,13 @@ class TcpConnection:
         self._line.close()
 
 
+def check_size(size: int, wish: frames.Read) -> int:
+    """What a source says it sends. Raises Garbage where that was not asked for."""
+    if size != wish.size and (wish.base is None or not 0 < size < wish.size):
+        raise frames.Garbage("sends another number of bytes than were asked for")
+    return size
+
+
 class TcpTransport:
     """See base.Transport. Addresses are HOST:PORT; port 0 at `listen` lets the system pick one."""
 
@@ -109,15 +126,19 @@ class TcpTransport:
         tls: Tls | None = None,
         warn: Warn = log_all,
         pace: Pace | None = None,
+        why: str = "",
     ) -> None:
         """With `tls` everything is over TLS, and nothing in plaintext; without it, the reverse.
 
-        `warn` hears of what strangers do to servers: every time. `pace` limits what all servers send.
+        `warn` hears of what strangers do to servers: every time. `pace` limits what all servers send. `why` is
+        told of its connections: why it is this transport.
         """
         self._limits = limits or Limits()
         self._tls = tls
         self._warn = warn
         self._pace = pace
+        self._way = self.name + (" over TLS" if tls else "") + (f" ({why})" if why else "")
+        self._lane: Lane | None = None
 
     async def serve(
         self, source: BucketSource, listen: str = LISTEN, *, check: TokenCheck, advertise: str | None = None
@@ -138,18 +159,22 @@ class TcpTransport:
         except BaseException:
             listener.close()
             raise
-        return TcpServer(listener, address, source, check, self._limits, self._tls, self._warn, self._pace)
+        return TcpServer(listener, address, source, check, self._limits, self._tls, self._warn, self._pace, self._lane)
 
     async def connect(self, address: str, *, token: bytes, deadline_s: float) -> TcpConnection:
         check_token(token)
         try:
-            return await asyncio.wait_for(_dial(address, token, self._tls), deadline_s)
+            line, can = await asyncio.wait_for(_dial(address, token, self._tls), deadline_s)
+            return self._connection(line, address, can, token)
         except asyncio.TimeoutError:
             raise DeadlinePassed(address, "connecting", deadline_s) from None
         except NoTls as error:
             raise TlsFailed(address, str(error)) from error
         except (frames.Ended, frames.Garbage, OSError) as error:
             raise PeerGone(address, str(error)) from error
+
+    def _connection(self, line: Line, address: str, can: frames.Can, token: bytes) -> TcpConnection:
+        return TcpConnection(line, address, can, self._way)
 
 
 def _advertised(advertise: str | None, host: str, bound: int) -> str:
@@ -163,7 +188,7 @@ def _advertised(advertise: str | None, host: str, bound: int) -> str:
     return format_address(told, port or bound)
 
 
-async def _dial(address: str, token: bytes, tls: Tls | None) -> TcpConnection:
+async def _dial(address: str, token: bytes, tls: Tls | None) -> tuple[Line, frames.Can]:
     loop = asyncio.get_running_loop()
     host, port = parse_address(address)
     error: OSError = OSError("the name has no address")
@@ -184,7 +209,9 @@ async def _dial(address: str, token: bytes, tls: Tls | None) -> TcpConnection:
     raise error
 
 
-async def _greet(sock: socket.socket, host: str, address: str, token: bytes, tls: Tls | None) -> TcpConnection:
+async def _greet(
+    sock: socket.socket, host: str, address: str, token: bytes, tls: Tls | None
+) -> tuple[Line, frames.Can]:
     try:
         line = PlainLine(sock)
         if tls is not None:
@@ -199,4 +226,4 @@ async def _greet(sock: socket.socket, host: str, address: str, token: bytes, tls
     except BaseException:
         sock.close()
         raise
-    return TcpConnection(line, address, can)
+    return line, can

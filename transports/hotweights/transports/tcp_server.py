@@ -20,6 +20,7 @@ from hotweights.transports.base import BucketSource, TokenCheck, open_shortest
 from hotweights.transports.errors import NotHeld, NotYet
 from hotweights.transports.line import Line, NoTls, PlainLine, Tls, TlsLine
 from hotweights.transports.pace import Pace
+from hotweights.transports.ucx_lane import Endpoint, Lane
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Peer:
     name: str
     is_reader: bool = False
     is_cut: bool = False  # about to end
+    lane: Endpoint | None = None  # over which his bytes go, where he has joined over UCX
 
 
 def log_all(host: str, text: str) -> None:
@@ -78,7 +80,9 @@ class TcpServer:
         tls: Tls | None = None,
         warn: Warn = log_all,
         pace: Pace | None = None,
+        lane: Lane | None = None,
     ) -> None:
+        """Readers that have UCX get their bytes over `lane`, where there is one."""
         self.address = address
         self._listener = listener
         self._source = source
@@ -87,6 +91,8 @@ class TcpServer:
         self._tls = tls
         self._warn = warn
         self._pace = pace or Pace()
+        self._lane = lane
+        self._can = frames.Can.DELTAS if lane is None else frames.Can.DELTAS | frames.Can.UCX
         self._connections: dict[asyncio.Task[None], Peer] = {}  # oldest first
         self._closing = False
         self._accepting = asyncio.create_task(self._accept(), name=f"accept {address}")
@@ -172,21 +178,27 @@ class TcpServer:
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 line, token = await _within(self._limits.hello_s, self._welcome(sock))
-                await self._send(line, memoryview(frames.welcome(frames.Can.DELTAS)))
+                await self._send(line, memoryview(frames.welcome(self._can)))
                 while not self._closing:
                     wait_s = self._limits.idle_s if peer.is_reader else self._limits.hello_s
                     kind, body = await _within(wait_s, frames.receive_frame(line))
-                    wish = frames.parse_read(kind, body)
+                    wish = frames.parse_wish(kind, body)
                     if (why := self._refusal(peer, token, wish)) is not None:
                         await self._send(line, memoryview(frames.refused(why)))
                         return
-                    await self._serve_read(line, wish)
+                    if isinstance(wish, frames.Join):
+                        await self._join(peer, line, wish, token)
+                    else:
+                        await self._serve_read(peer, line, wish)
             except (frames.Garbage, NoTls) as garbage:
                 self._warn(peer.host, f"{self.address}: closed the connection of {peer.name}, which {garbage}")
                 if isinstance(garbage, NoTls) and garbage.one_is_plain:
                     self._say(sock, frames.Why.TLS, "speaks no TLS" if self._tls is None else "speaks TLS only")
             except (frames.Ended, asyncio.TimeoutError, OSError) as error:
                 log.debug("%s: the connection of %s ended: %s", self.address, peer.name, error or "too slow")
+            finally:
+                if peer.lane is not None:
+                    await peer.lane.close()
 
     async def _welcome(self, sock: socket.socket) -> tuple[Line, bytes]:
         """The line, and the token that it was opened with. Raises Garbage, Ended, OSError, NoTls."""
@@ -197,7 +209,7 @@ class TcpServer:
         kind, body = await frames.receive_frame(line)
         return line, frames.parse_hello(kind, body)
 
-    def _refusal(self, peer: Peer, token: bytes, wish: frames.Read) -> frames.Why | None:
+    def _refusal(self, peer: Peer, token: bytes, wish: frames.Read | frames.Join) -> frames.Why | None:
         """Why the connection ends instead of the read. None makes a reader of a stranger."""
         if not self._check(token, wish.image):
             return frames.Why.TOKEN
@@ -206,7 +218,17 @@ class TcpServer:
         peer.is_reader = True
         return None
 
-    async def _serve_read(self, line: Line, wish: frames.Read) -> None:
+    async def _join(self, peer: Peer, line: Line, wish: frames.Join, token: bytes) -> None:
+        """Only here does UCX see anything that comes from outside: of who has shown a good token."""
+        if self._lane is None or peer.lane is not None:
+            raise frames.Garbage("asks for UCX, which it was not offered")
+        address = frames.parse_sealed(wish.sealed, token)
+        peer.lane = await _within(self._limits.hello_s, self._lane.endpoint(address))
+        await self._send(line, memoryview(frames.joined(self._lane.address, token)))
+
+    async def _serve_read(self, peer: Peer, line: Line, wish: frames.Read) -> None:
+        if wish.tag is not None and peer.lane is None:
+            raise frames.Garbage("asks for bytes over UCX and has not joined")
         try:
             view = await open_shortest(self._source, wish.image, wish.file, wish.offset, wish.size, wish.base)
         except NotHeld as problem:
@@ -215,9 +237,16 @@ class TcpServer:
         except NotYet as problem:
             await self._send(line, memoryview(frames.refused(frames.Why.NOT_YET, str(problem.held_bytes))))
             return
+        piece = min(SEND_BYTES, self._pace.piece_bytes or SEND_BYTES)
+        if wish.tag is not None and peer.lane is not None:
+            await self._send(line, memoryview(frames.data_tagged(len(view), piece)))
+            for at in range(0, len(view), piece):
+                part = view[at : at + piece]  # not released: UCX may hold it longer than we wait
+                await self._pace.take(len(part))
+                await _within(self._limits.stall_s, peer.lane.send(part, wish.tag))
+            return
         with view:
             await self._send(line, memoryview(frames.data(len(view))))
-            piece = min(SEND_BYTES, self._pace.piece_bytes or SEND_BYTES)
             for at in range(0, len(view), piece):
                 with view[at : at + piece] as part:
                     await self._pace.take(len(part))

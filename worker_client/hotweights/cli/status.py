@@ -118,7 +118,7 @@ def update_tables(update: "update_pb2.Update") -> "Iterable[Table]":
     yield replicas
     if has_ended:
         return
-    columns = ("NODE", "STAGED", "DONE", "OF", "PERCENT", "WIRE", "FROM", "RATE", "LEFT")
+    columns = ("NODE", "STAGED", "DONE", "OF", "PERCENT", "WIRE", "FROM", "VIA", "RATE", "LEFT")
     nodes = Table(f"update {update.id}: staging", columns)
     for node in update.nodes:
         percent = f"{100 * node.bytes_done // node.bytes_total} %" if node.bytes_total else ""
@@ -126,7 +126,7 @@ def update_tables(update: "update_pb2.Update") -> "Iterable[Table]":
         rate = f"{size(int(node.bytes_per_s))}/s" if node.bytes_per_s else ""
         left = f"{(node.bytes_total - node.bytes_done) / node.bytes_per_s:.0f} s" if node.bytes_per_s else ""
         done = size(node.bytes_done), size(node.bytes_total), percent
-        nodes.add(node.node_id, staged, *done, size(node.wire_bytes), node.source_node_id, rate, left)
+        nodes.add(node.node_id, staged, *done, size(node.wire_bytes), node.source_node_id, node.transport, rate, left)
     yield nodes
 
 

@@ -55,6 +55,10 @@ SETTINGS = (
     Setting("HOTWEIGHTS_ADVERTISE", "", "that address as other nodes see it"),
     Setting("HOTWEIGHTS_BUCKET_BYTES", "by the image", "size of a bucket; 64 KiB to 1 GiB"),
     Setting("HOTWEIGHTS_BANDWIDTH_MAX", "", "bytes a second that an agent sends, and that it fetches: 200MB"),
+    Setting("HOTWEIGHTS_TRANSPORT", "auto", "auto, tcp or ucx: how buckets go between nodes"),
+    Setting("HOTWEIGHTS_CONNECTIONS", "2", "buckets of an image on their way to a node at once; 1 to 32"),
+    Setting("HOTWEIGHTS_UCX_TLS", "", "UCX_TLS of the agent: the transports that UCX may take"),
+    Setting("HOTWEIGHTS_UCX_NET_DEVICES", "", "UCX_NET_DEVICES of the agent: mlx5_0:1"),
     Setting("HOTWEIGHTS_MAX_IMAGES", "2", "images kept on a node; more only while pinned"),
     Setting("HOTWEIGHTS_AGENT_IDLE_S", "300", "after which an agent that was not started by hand ends"),
     Setting("HOTWEIGHTS_POLICY", "", "auto or manual: what an engine asks for its model"),
@@ -69,6 +73,7 @@ SETTINGS = (
 
 _TRUE = {"1", "true", "yes", "on"}
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9}
+_UCX = {"HOTWEIGHTS_UCX_TLS": "TLS", "HOTWEIGHTS_UCX_NET_DEVICES": "NET_DEVICES"}
 BANDWIDTH_MIN = 1e6  # a bucket of 16 MiB takes 17 s then; sources below a fifth of that are left
 
 
@@ -86,10 +91,14 @@ class Config:
     advertise: str
     bucket_bytes: int | None
     bandwidth_max: float | None
+    transport: str
+    connections: int
     max_images: int
     agent_idle_s: float
     hf_cache: Path
     in_kubernetes: bool
+    ucx: Mapping[str, str] = field(default_factory=dict)
+    """Settings of UCX, by its names without UCX_."""
     agent_allow: str = ""
     policy: str = ""
     name_map: Mapping[str, str] = field(default_factory=dict)
@@ -130,6 +139,9 @@ class Config:
             "HOTWEIGHTS_ADVERTISE": self.advertise,
             "HOTWEIGHTS_BUCKET_BYTES": "" if self.bucket_bytes is None else str(self.bucket_bytes),
             "HOTWEIGHTS_BANDWIDTH_MAX": "" if self.bandwidth_max is None else f"{self.bandwidth_max:.0f}B",
+            "HOTWEIGHTS_TRANSPORT": self.transport,
+            "HOTWEIGHTS_CONNECTIONS": str(self.connections),
+            **{name: self.ucx.get(of_ucx, "") for name, of_ucx in _UCX.items()},
             "HOTWEIGHTS_MAX_IMAGES": str(self.max_images),
             "HOTWEIGHTS_AGENT_IDLE_S": str(self.agent_idle_s),
             "HOTWEIGHTS_POLICY": self.policy,
@@ -213,6 +225,12 @@ def _bandwidth(text: str) -> float | None:
     return found
 
 
+def _transport(text: str) -> str:
+    if text not in ("auto", "tcp", "ucx"):
+        raise BadSetting("HOTWEIGHTS_TRANSPORT", text, "takes auto, tcp or ucx")
+    return text
+
+
 def _route(text: str) -> str:
     if text not in ("auto", "direct", "assembled", "reload"):
         raise BadSetting("HOTWEIGHTS_ROUTE", text, "takes auto, direct, assembled or reload")
@@ -284,6 +302,9 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         advertise=env.get("HOTWEIGHTS_ADVERTISE", ""),
         bucket_bytes=_bucket_bytes(env),
         bandwidth_max=_bandwidth(env.get("HOTWEIGHTS_BANDWIDTH_MAX", "").strip()),
+        transport=_transport(env.get("HOTWEIGHTS_TRANSPORT") or "auto"),
+        connections=_number(env, "HOTWEIGHTS_CONNECTIONS", 2, 1, 32),
+        ucx={of_ucx: text for name, of_ucx in _UCX.items() if (text := env.get(name, "").strip())},
         max_images=_number(env, "HOTWEIGHTS_MAX_IMAGES", 2, 1, 1000),
         agent_idle_s=_seconds(env, "HOTWEIGHTS_AGENT_IDLE_S", 300.0),
         hf_cache=_hf_cache(env),

@@ -70,6 +70,7 @@ class StageProgressed(FromMember):
     source: str = ""
     bytes_per_s: float = 0.0
     wire_bytes: int = 0
+    transport: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ LEFT_MAX = 1000  # events of one update
 def stage_progressed(turn: Turn, node: Node, event: e.StageProgressed) -> None:
     effort = turn.efforts.get(event.update)
     if effort is not None:
-        now = Progress(event.bytes_done, event.bytes_total, event.source, event.bytes_per_s, event.wire_bytes)
+        moved = event.bytes_done, event.bytes_total
+        now = Progress(*moved, event.source, event.bytes_per_s, event.wire_bytes, event.transport)
         turn.efforts.put(event.update, replace(effort, progress={**effort.progress, node.id: now}))
 
 

@@ -112,6 +112,7 @@ class Progress:
     source: str = ""
     bytes_per_s: float = 0.0
     wire_bytes: int = 0
+    transport: str = ""
 
 
 @dataclass(frozen=True)

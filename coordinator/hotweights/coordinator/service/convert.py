@@ -202,6 +202,7 @@ def _add_progress(message: update_pb2.Update, state: State, update: r.UpdateReco
             source_node_id="" if staged else now.source,
             bytes_per_s=0.0 if staged else now.bytes_per_s,
             wire_bytes=now.wire_bytes,
+            transport=now.transport,
         )
 
 

@@ -216,8 +216,8 @@ def _report(who: tuple[float, str, str], report: pb.Report) -> e.Event | None:
             digest = bounds.digest(progress.manifest_digest)
             source = bounds.text(progress.source_node_id)
             rate = progress.bytes_per_s if math.isfinite(progress.bytes_per_s) else 0.0
-            moved = progress.bytes_done, progress.bytes_total
-            return e.StageProgressed(*who, update, digest, *moved, source, rate, progress.wire_bytes)
+            moved, way = (progress.bytes_done, progress.bytes_total), bounds.text(progress.transport)
+            return e.StageProgressed(*who, update, digest, *moved, source, rate, progress.wire_bytes, way)
         case "source_left":
             left = report.source_left
             digest, source = bounds.digest(left.manifest_digest), bounds.text(left.source_node_id)

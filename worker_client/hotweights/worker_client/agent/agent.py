@@ -43,7 +43,15 @@ class Agent:
         self.config = config
         self.stage = stage
         self.folders = Folders(stage.root / "served.json", config.bucket_bytes, self._holdings_changed)
-        self.data = DataPort(config.node, stage, self.folders, peer_tls(config), bandwidth_max=config.bandwidth_max)
+        self.data = DataPort(
+            config.node,
+            stage,
+            self.folders,
+            peer_tls(config),
+            bandwidth_max=config.bandwidth_max,
+            transport=config.transport,
+            ucx=config.ucx,
+        )
         self.images = Images(
             stage,
             self.folders,
@@ -53,6 +61,7 @@ class Agent:
             self.data.arrived,
             self.data.received,
             bandwidth_max=config.bandwidth_max,
+            connections=config.connections,
         )
         self.coordinator: Coordinator | None = None
         self.session: Session | None = None

@@ -13,14 +13,14 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from hotweights.transports.address import parse_address
-from hotweights.transports.base import Connection, Server
-from hotweights.transports.errors import NotHeld, NotYet, PeerGone, TlsFailed
+from hotweights.transports.base import Connection, Server, Transport
+from hotweights.transports.errors import NotHeld, NotYet, PeerGone, TlsFailed, TransportMissing
 from hotweights.transports.line import Tls
 from hotweights.transports.pace import Pace
-from hotweights.transports.registry import open_transport
+from hotweights.transports.registry import choose_transport, open_transport
 from hotweights.v1 import manifest_pb2
 from hotweights.v1.worker_service_pb2 import Source
 from hotweights.wire.allowance import Allowance, Rate
@@ -53,14 +53,18 @@ class DataPort:
         tls: Tls | None = None,
         *,
         bandwidth_max: float | None = None,
+        transport: str = "auto",
+        ucx: Mapping[str, str] | None = None,
     ) -> None:
-        """`bandwidth_max` is in bytes a second, for what is sent."""
+        """`bandwidth_max` is in bytes a second, for what is sent. `transport` is one of registry.CHOICES."""
         self.token_key = secrets.token_bytes(KEY_BYTES)
         self.endpoint = ""
         self.served_at = time.monotonic()
         self._node = node
         self._tls = tls
         self._pace = Pace(bandwidth_max)
+        self._wanted, self._ucx = transport, ucx or {}
+        self._transport: Transport | None = None
         self._stage = stage
         self._folders = folders
         self._reader = BucketReader()
@@ -94,8 +98,8 @@ class DataPort:
             loop.call_soon_threadsafe(self._folders.withdraw, digest, why)
 
         self._withdraw = withdraw
-        transport = open_transport(TRANSPORT, self._tls, self._warn, self._pace)
-        self._server = await transport.serve(self, listen, check=self._check, advertise=advertise or None)
+        self._transport = self._open_transport()
+        self._server = await self._transport.serve(self, listen, check=self._check, advertise=advertise or None)
         address = self._server.address
         scheme = TRANSPORT if self._tls is None else OVER_TLS
         self.endpoint = address if "://" in address else f"{scheme}://{address}"
@@ -111,10 +115,26 @@ class DataPort:
             name, address = TRANSPORT, source.data_endpoint
         try:
             tls = self._tls_to(name, address)
-            transport = open_transport(TRANSPORT if name == OVER_TLS else name, tls)
+            transport = self._transport if name == TRANSPORT and self._tls is None else None
+            if transport is None:
+                transport = open_transport(TRANSPORT if name == OVER_TLS else name, tls)
             return await transport.connect(address, token=source.token, deadline_s=CONNECT_DEADLINE_S)
         except ValueError as error:  # an address or a token that is none
             raise PeerGone(source.data_endpoint, str(error)) from error
+
+    def _open_transport(self) -> Transport:
+        """Raises ValueError where what was asked for cannot be."""
+        if self._wanted == "auto":
+            return choose_transport(self._tls, self._warn, self._pace, ucx=self._ucx)
+        if self._wanted == "ucx" and self._tls is not None:
+            raise ValueError(
+                "HOTWEIGHTS_TRANSPORT=ucx sends buckets in plaintext, and this node has a certificate "
+                "(HOTWEIGHTS_CERT): take tcp, which goes over TLS, or leave the certificate out"
+            )
+        try:
+            return open_transport(self._wanted, self._tls, self._warn, self._pace, ucx=self._ucx)
+        except TransportMissing as missing:
+            raise ValueError(f"HOTWEIGHTS_TRANSPORT={self._wanted}: {missing}") from missing
 
     def _tls_to(self, name: str, address: str) -> Tls | None:
         """Raises TlsFailed, and ValueError for an address that is none."""

@@ -17,7 +17,7 @@ from hotweights.worker_client.agent.work import Work
 from hotweights.worker_client.image.errors import FolderChanged
 from hotweights.worker_client.stage.copy import copy_folder
 from hotweights.worker_client.stage.errors import SourcesFailed
-from hotweights.worker_client.stage.fetch import Fetch, Open, Received, Tally
+from hotweights.worker_client.stage.fetch import PARALLEL, Fetch, Open, Received, Tally
 from hotweights.worker_client.stage.partial import Partial
 from hotweights.worker_client.stage.stage import Stage
 from hotweights.worker_client.stage.threads import Figures, in_thread, stoppable
@@ -48,10 +48,11 @@ class Images:
         received: Received = lambda image, base, file, offset, delta: None,
         *,
         bandwidth_max: float | None = None,
+        connections: int = PARALLEL,
     ) -> None:
         """`arrived` hears, in any thread, of each bucket of an image that came, and of its end; `received` of deltas.
 
-        `bandwidth_max` is in bytes a second, for what is fetched: of all images together.
+        `bandwidth_max` is in bytes a second, for what is fetched: of all images together. `connections` are of one.
         """
         self.stage = stage
         self._folders = folders
@@ -61,6 +62,7 @@ class Images:
         self._arrived = arrived
         self._received = received
         self._pace = Pace(bandwidth_max)
+        self._connections = connections
         self._staging: dict[bytes, Staging] = {}
         self._to_verify: dict[bytes, Work[bool]] = {}
 
@@ -189,6 +191,14 @@ class Images:
             await in_thread(lambda stop: base.copy_unchanged(partial, stoppable(progress, stop)))
             tally.unchanged_bytes = partial.bytes_done - before
         if partial.missing:
-            fetch = Fetch(partial, sources, self._open_source, progress, pace=self._pace, tally=tally)
+            fetch = Fetch(
+                partial,
+                sources,
+                self._open_source,
+                progress,
+                parallel=self._connections,
+                pace=self._pace,
+                tally=tally,
+            )
             fetch.ask_deltas(base, self._received)
             await fetch.run()

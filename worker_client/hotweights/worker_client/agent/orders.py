@@ -83,7 +83,7 @@ class Orders:
         more, tally = _copied(report), work.tally
         progress = pb.StageProgress(manifest_digest=digest, bytes_done=bytes_done, bytes_total=bytes_total)
         progress.source_node_id, progress.bytes_per_s = tally.source, tally.bytes_per_s
-        progress.wire_bytes = tally.wire_bytes
+        progress.wire_bytes, progress.transport = tally.wire_bytes, tally.way
         more.stage_progress.CopyFrom(progress)
         self._report(more)
 

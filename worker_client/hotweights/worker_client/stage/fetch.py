@@ -63,6 +63,8 @@ class Tally:
 
     source: str = ""
     """The node that gave the last bucket."""
+    way: str = ""
+    """How it came: the transport, and why it is that one."""
     bytes_per_s: float = 0.0
     """Of what was fetched, by the clock here, from the first bucket that was asked for."""
     wire_bytes: int = 0
@@ -215,6 +217,7 @@ class Fetch:
         self._tally.wire_bytes += came
         standing, now = self._standing(source), asyncio.get_running_loop().time()
         standing.failures, standing.grew_at = 0, now
+        self._tally.way = connection.way
         self._fetched_bytes += bucket.size_bytes
         self._tally.source = source.node_id
         self._tally.bytes_per_s = self._fetched_bytes / max(now - self._begun_at, 1e-3)
