@@ -15,14 +15,18 @@ from hotweights.wire import failpoints
 from hotweights.worker_client.agent.folders import Folders
 from hotweights.worker_client.agent.work import Work
 from hotweights.worker_client.image.errors import FolderChanged
+from hotweights.worker_client.stage.base import Base
 from hotweights.worker_client.stage.copy import copy_folder
 from hotweights.worker_client.stage.errors import SourcesFailed
 from hotweights.worker_client.stage.fetch import PARALLEL, Fetch, Open, Received, Tally
-from hotweights.worker_client.stage.partial import Partial
+from hotweights.worker_client.stage.partial import Partial, Progress
 from hotweights.worker_client.stage.stage import Stage
 from hotweights.worker_client.stage.threads import Figures, in_thread, stoppable
 
 log = logging.getLogger(__name__)
+
+# Buckets on their way where deltas are asked for: they cost processors at both ends, and hardly the wire.
+DELTAS_AT_ONCE = 4
 
 Source = worker_service_pb2.Source
 
@@ -186,17 +190,27 @@ class Images:
         if not partial.missing:
             return
         base = await in_thread(lambda _: self.stage.base_of(partial.manifest))
+        try:
+            await self._take_over(partial, base, sources, progress, tally)
+        finally:
+            if base is not None:
+                base.close()
+
+    async def _take_over(
+        self, partial: Partial, base: Base | None, sources: list[Source], progress: Progress, tally: Tally
+    ) -> None:
+        """What is unchanged from `base`, the rest from the sources, as deltas to it where they have it too."""
+        parallel = self._connections
         if base is not None:
-            before = partial.bytes_done
             await in_thread(lambda stop: base.copy_unchanged(partial, stoppable(progress, stop)))
-            tally.unchanged_bytes = partial.bytes_done - before
+            parallel = max(parallel, DELTAS_AT_ONCE)
         if partial.missing:
             fetch = Fetch(
                 partial,
                 sources,
                 self._open_source,
                 progress,
-                parallel=self._connections,
+                parallel=parallel,
                 pace=self._pace,
                 tally=tally,
             )

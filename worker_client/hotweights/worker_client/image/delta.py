@@ -57,14 +57,11 @@ def make_delta(target: memoryview, base: memoryview) -> bytes | None:
     return delta if len(delta) < target.nbytes else None
 
 
-def apply_delta(delta: bytes, base: memoryview, into: memoryview) -> None:
-    """Fills `into`, which has the size of `base`, with what `delta` makes of it.
-
-    Raises BadDelta; what `into` holds is unknown then.
-    """
-    size, tail = into.nbytes, into.nbytes % 2
-    if len(delta) < _HEAD.size or base.nbytes != size:
-        raise BadDelta(f"{len(delta)} bytes for {size}, of {base.nbytes}")
+def apply_delta(delta: bytes | memoryview, bucket: memoryview) -> None:
+    """Makes the target of the base in place. Raises BadDelta; what `bucket` holds is unknown then."""
+    size, tail = bucket.nbytes, bucket.nbytes % 2
+    if len(delta) < _HEAD.size:
+        raise BadDelta(f"{len(delta)} bytes are none")
     gap_count, count = _HEAD.unpack_from(delta)
     if len(delta) != _HEAD.size + gap_count + 2 * count + tail:
         raise BadDelta(f"{len(delta)} bytes with {gap_count} gaps and {count} values")
@@ -74,10 +71,9 @@ def apply_delta(delta: bytes, base: memoryview, into: memoryview) -> None:
     positions = np.cumsum(np.where(is_value, gaps.astype(np.int64) + 1, _SKIP))[is_value] - 1
     if positions.size != count or (count and positions[-1] >= size // 2):
         raise BadDelta(f"{positions.size} places for {count} values")
-    into[:] = base
-    _lanes(into)[positions] = values
+    _lanes(bucket)[positions] = values
     if tail:
-        into[size - 1 :] = delta[-1:]
+        bucket[size - 1 :] = delta[-1:]
 
 
 def _lanes(view: memoryview) -> Lanes:

@@ -1,10 +1,13 @@
 """The version that an image on its way here follows, from which what did not change is taken without the wire.
 
-Nothing of it is trusted: each bucket that comes of it is hashed, as any other.
+    base's file --read--> memory of the thread --its delta put in--> hashed --right: written--> the image's file
+
+Nothing of the base is trusted: each bucket is hashed, as any other. By reads and writes, not by maps: a page that is
+touched in a map for the first time costs more than copying it.
 """
 
-import mmap
 import os
+import threading
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,13 +21,26 @@ Place: TypeAlias = tuple[int, int, int]
 
 
 class Base:
-    """An image of the stage, mapped: it may go while it is used."""
+    """An image of the stage, open until `close`: it may go while it is used."""
 
     def __init__(self, digest: bytes, manifest: manifest_pb2.Manifest, folder: Path) -> None:
-        """Raises OSError where a file is gone or has another size."""
+        """Raises OSError where a file is gone."""
         self.digest = digest
         self._digests = _digests(manifest)
-        self._views = [_mapped(folder / file.name, file.size_bytes) for file in manifest.files]
+        self._of_thread = threading.local()
+        self._handles: list[int] = []
+        try:
+            for file in manifest.files:
+                self._handles.append(os.open(folder / file.name, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Nobody may be using it."""
+        for handle in self._handles:
+            os.close(handle)
+        self._handles = []
 
     def has_place_of(self, bucket: manifest_pb2.Bucket) -> bool:
         """Whether a bucket lies there here too, of whatever content."""
@@ -34,10 +50,7 @@ class Base:
         """Fills what is missing and the same here, on all cores."""
 
         def copy(index: int, _: memoryview) -> None:
-            bucket = partial.manifest.buckets[index]
-            with partial.view(index) as place:
-                place[:] = self._view(bucket)
-            if partial.matches(index):  # not so if this image was altered since: then it is fetched
+            if self.rebuild(partial, index, None):  # not so if this image was altered since: then it is fetched
                 partial.mark_good(index)
                 progress(partial.bytes_done, partial.bytes_total)
 
@@ -45,16 +58,25 @@ class Base:
         same = [at for at in sorted(partial.missing) if self._digests.get(_place(buckets[at])) == buckets[at].digest]
         on_all_cores(same, copy)
 
-    def rebuild(self, bucket: manifest_pb2.Bucket, delta: bytes, place: memoryview) -> bool:
-        """Fills `place` with what a delta makes of the bucket here. False where it is none for this base."""
+    def rebuild(self, partial: Partial, index: int, delta: bytes | None) -> bool:
+        """Fills bucket `index` with what a delta, if any, makes of the one here; whether that is right. Thread-safe."""
+        bucket = partial.manifest.buckets[index]
+        room = self._room(bucket.size_bytes)
+        if os.preadv(self._handles[bucket.file], [room], bucket.offset) != bucket.size_bytes:
+            return False
         try:
-            apply_delta(delta, self._view(bucket), place)
+            if delta is not None:
+                apply_delta(delta, room)
         except BadDelta:
             return False
-        return True
+        return partial.put(index, room)
 
-    def _view(self, bucket: manifest_pb2.Bucket) -> memoryview:
-        return self._views[bucket.file][bucket.offset : bucket.offset + bucket.size_bytes]
+    def _room(self, size: int) -> memoryview:
+        """Of the thread that calls."""
+        room: bytearray = getattr(self._of_thread, "room", bytearray())
+        if len(room) < size:
+            room = self._of_thread.room = bytearray(size)
+        return memoryview(room)[:size]
 
 
 def likeness(one: manifest_pb2.Manifest, other: manifest_pb2.Manifest) -> tuple[int, int]:
@@ -70,13 +92,3 @@ def _digests(manifest: manifest_pb2.Manifest) -> dict[Place, bytes]:
 
 def _place(bucket: manifest_pb2.Bucket) -> Place:
     return bucket.file, bucket.offset, bucket.size_bytes
-
-
-def _mapped(path: Path, size_bytes: int) -> memoryview:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if os.fstat(handle).st_size != size_bytes:
-            raise OSError(f"{path.name} has another size than its image says")
-        return memoryview(mmap.mmap(handle, size_bytes, prot=mmap.PROT_READ) if size_bytes else b"")
-    finally:
-        os.close(handle)

@@ -69,8 +69,6 @@ class Tally:
     """Of what was fetched, by the clock here, from the first bucket that was asked for."""
     wire_bytes: int = 0
     """What was right of what came over the wire: less than the image where deltas came."""
-    unchanged_bytes: int = 0
-    """What was taken from the version before."""
     left: list[SourceLeft] = field(default_factory=list)
     """Sources that are not asked any longer, or not for a while; LEFT_MAX at most."""
 
@@ -202,7 +200,7 @@ class Fetch:
                 base=None if base is None else base.digest,
             )
             delta = bytes(place[:came]) if base is not None and came < bucket.size_bytes else None
-        if bucket.size_bytes <= HASHED_HERE_BYTES:
+        if bucket.size_bytes <= HASHED_HERE_BYTES and delta is None:
             right = self._is_right(index, base, delta)
         else:
             right = await in_thread(lambda _: self._is_right(index, base, delta))
@@ -225,11 +223,9 @@ class Fetch:
         self._progress(self._partial.bytes_done, self._partial.bytes_total)
 
     def _is_right(self, index: int, base: Base | None, delta: bytes | None) -> bool:
-        """Whether what came is the bucket, made of its delta where it is one. In any thread."""
+        """Whether what came is the bucket, or its delta makes it. In any thread."""
         if base is not None and delta is not None:
-            with self._partial.view(index) as place:
-                if not base.rebuild(self._partial.manifest.buckets[index], delta, place):
-                    return False
+            return base.rebuild(self._partial, index, delta)
         return self._partial.matches(index)
 
     async def _wait_for(self, source: Source, error: NotYet | NotHeld) -> None:

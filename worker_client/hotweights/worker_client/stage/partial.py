@@ -95,6 +95,21 @@ class Partial:
         with self.view(index) as data:
             return self._verifier.matches(index, data)
 
+    def put(self, index: int, data: memoryview) -> bool:
+        """Writes `data` where bucket `index` goes if it is that bucket; whether it is. Thread-safe. Raises OSError."""
+        if not self._verifier.matches(index, data):
+            return False
+        bucket = self.manifest.buckets[index]
+        path = self.folder / self.manifest.files[bucket.file].name
+        handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            at = 0
+            while at < len(data):
+                at += os.pwrite(handle, data[at:], bucket.offset + at)
+        finally:
+            os.close(handle)
+        return True
+
     def mark_good(self, index: int) -> None:
         """Counts a bucket that `matches`. Thread-safe."""
         with self._lock:
