@@ -29,10 +29,10 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
 
 
 # One loop for all: the libraries of UCX keep one worker a process, which stays with the loop that made it.
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-@pytest_asyncio.fixture(loop_scope="module", params=["memory", "tcp", "tcp over TLS", "ucx"])
+@pytest_asyncio.fixture(loop_scope="session", params=["memory", "tcp", "tcp over TLS", "ucx"])
 async def transport(request: pytest.FixtureRequest, tls: Tls) -> Transport:
     if request.param == "memory":
         return MemoryTransport(MemoryNetwork())

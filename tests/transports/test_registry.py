@@ -12,6 +12,7 @@ from hotweights.transports.registry import KNOWN, choose_transport, open_transpo
 from hotweights.transports.tcp import TcpTransport
 
 
+@pytest.mark.asyncio(loop_scope="session")  # that of the other tests of ucx, which has one for good
 @pytest.mark.parametrize("name", KNOWN)
 async def test_a_transport_is_found_by_its_name(name: str) -> None:
     if name == "ucx" and importlib.util.find_spec("ucxx") is None:

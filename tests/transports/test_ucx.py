@@ -23,7 +23,7 @@ from hotweights.transports.ucx import AHEAD, UcxConnection, UcxTransport
 from hotweights.transports.ucx_lane import MODULES, Lane, open_lane
 
 pytestmark = [
-    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.asyncio(loop_scope="session"),
     pytest.mark.skipif(
         importlib.util.find_spec("ucxx") is None,
         reason="ucxx is not installed: it has wheels for Linux and Python 3.11 only",
@@ -158,6 +158,45 @@ async def test_who_joins_twice_or_where_there_is_no_ucx_is_cut_off() -> None:
         assert await raw(server.address, *[frames.join(IMAGE, address, TOKEN)] * 2) == (frames.Kind.REFUSED, b"")
     async with serving(TcpTransport(), Held(CONTENT)) as server:
         assert await raw(server.address, frames.join(IMAGE, address, TOKEN)) == (frames.Kind.REFUSED, b"")
+
+
+class Unreached(Lane):
+    """As where two nodes have no fabric in common."""
+
+    def __init__(self) -> None:
+        self.address = open_lane({}).address
+
+    async def endpoint(self, address: bytes):  # type: ignore[no-untyped-def]
+        raise OSError("UCX: Destination is unreachable")
+
+
+@pytest.mark.parametrize("side", ["reader", "source"])
+async def test_where_ucx_does_not_come_through_the_next_connection_is_tcp(side: str) -> None:
+    source = UcxTransport(Unreached()) if side == "source" else ucx()
+    lane = Unreached() if side == "reader" else open_lane({})
+    reader = UcxTransport(lane, fall_back=True)
+    async with serving(source, Held(CONTENT)) as server:
+        first = await reader.connect(server.address, token=TOKEN, deadline_s=5)
+        with pytest.raises(PeerGone):
+            await read(first)
+        second = await reader.connect(server.address, token=TOKEN, deadline_s=5)
+        assert second.way == "tcp (UCX did not come through to the source)"
+        assert await read(second) == CONTENT
+        await second.close()
+
+
+async def test_who_waits_over_ucx_leaves_the_processor_alone() -> None:
+    with a_source(8, 1e6) as (_, address):
+        connection = await ucx().connect(address, token=TOKEN, deadline_s=10)
+        into = bytearray(8 * MIB)
+        reading = asyncio.create_task(connection.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=30))
+        await until(lambda: into[0])
+        before = time.process_time()
+        await asyncio.sleep(2)
+        assert time.process_time() - before < 1, "a loop that asks again and again takes all of it"
+        await connection.close()
+        with pytest.raises(PeerGone):
+            await reading
 
 
 async def test_a_source_that_is_killed_in_the_middle_is_gone_at_once() -> None:

@@ -45,8 +45,9 @@ def add_unchanged(state: State, plan: update_pb2.Plan, base: str, unchanged_byte
             row.unchanged_bytes = unchanged_bytes
 
 
-def unchanged_bytes(target: manifest_pb2.Manifest, base: manifest_pb2.Manifest) -> int:
-    """In buckets that both have at the same place of the same file."""
+def unchanged_bytes(target_blob: bytes, base_blob: bytes) -> int:
+    """In buckets that two manifests have at the same place of the same file. Takes a second for the largest."""
+    target, base = (manifest_pb2.Manifest.FromString(blob) for blob in (target_blob, base_blob))
     there = {(bucket.file, bucket.offset, bucket.size_bytes): bucket.digest for bucket in base.buckets}
     same = [b for b in target.buckets if there.get((b.file, b.offset, b.size_bytes)) == b.digest]
     return sum(bucket.size_bytes for bucket in same)

@@ -140,14 +140,14 @@ async def test_a_published_version_is_fetched_by_another_node_and_both_hold_it(
         assert shown == [("m", "v1", str(folder))]
 
 
+@pytest.mark.asyncio(loop_scope="session")  # that of the other tests of ucx, which has one for good
 @pytest.mark.skipif(importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed")
-async def test_where_ucx_is_asked_for_buckets_go_over_it_and_the_node_says_so(
-    home: Path, coordinator: SmallCoordinator
-) -> None:
+async def test_where_ucx_is_asked_for_buckets_go_over_it_and_the_node_says_so(home: Path) -> None:
     first, second = (make_folder(home / name, tensor_bytes=400_000) for name in ("v1", "v2"))
     touch_bytes(second / "model-1.safetensors", 1000)
     settings = {"HOTWEIGHTS_TRANSPORT": "ucx", "HOTWEIGHTS_UCX_TLS": "tcp,self", "HOTWEIGHTS_CONNECTIONS": "4"}
     async with (
+        a_coordinator() as coordinator,
         agent_of(a_config(home, "a", coordinator.endpoint, **settings)) as source,
         agent_of(a_config(home, "b", coordinator.endpoint, **settings)) as reader,
         agent_of(a_config(home, "c", coordinator.endpoint)) as without,
@@ -184,6 +184,22 @@ async def test_where_ucx_cannot_be_the_agent_does_not_start_and_says_what_to_do(
     config = a_config(home, "a", HOTWEIGHTS_TRANSPORT="ucx", **settings)
     with pytest.raises(ValueError, match=said):
         await asyncio.wait_for(serve_agent(config, started_by_client=False, stop=asyncio.Event()), 20)
+
+
+@pytest.mark.parametrize("scheme", ["ucx", "memory", "cuda_ipc"])
+async def test_a_source_chooses_no_transport_by_what_it_calls_itself(
+    home: Path, coordinator: SmallCoordinator, scheme: str
+) -> None:
+    """UCX would be plaintext for a node with a certificate, and is a risk for one that did not ask for it."""
+    async with (
+        agent_of(a_config(home, "a", coordinator.endpoint)) as source,
+        agent_of(a_config(home, "b", coordinator.endpoint)),
+    ):
+        digest = (await source.publish_folder(make_folder(home / "v1"), "m", "v1")).manifest_digest
+        await coordinator.hears("a", "b")
+        coordinator.hellos["a"].data_endpoint = coordinator.hellos["a"].data_endpoint.replace("tcp", scheme)
+        failed = (await coordinator.outcome("b", coordinator.stage("b", digest, "a"))).stage_failed
+        assert f"serves over '{scheme}'; this node reads over tcp and tcps" in failed.reason
 
 
 async def test_a_node_passes_on_what_it_has_while_the_rest_still_comes(

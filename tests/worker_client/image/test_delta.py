@@ -106,6 +106,8 @@ def test_versions_of_other_sizes_have_no_delta() -> None:
         struct.pack("<II", 1, 1) + b"\xff" + b"vv",  # no place for it
         struct.pack("<II", 1, 1) + b"\x32" + b"vv",  # beyond the end: lane 50 of 50
         struct.pack("<II", 0xFFFFFFFF, 0xFFFFFFFF) + b"x",
+        struct.pack("<II", 99, 0) + b"\xff" * 99,  # longer than any that is made: memory is taken for each
+        struct.pack("<II", 9, 9) + bytes(9) + bytes(18),
     ],
 )
 def test_what_is_no_delta_of_this_bucket_is_refused(delta: bytes) -> None:

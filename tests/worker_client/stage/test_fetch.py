@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tests.worker_client.stage.checkpoints import BUCKET_BYTES, contents, make_image
+from tests.worker_client.stage.checkpoints import BUCKET_BYTES, contents, make_image, touch_bytes
 from tests.worker_client.stage.test_base import next_version, stage_whole
 
 from hotweights.transports import base
@@ -361,16 +361,22 @@ def step(image: Image, tmp_path: Path) -> Image:
     return next_version(tmp_path / "v2", image, (1, 100), (2, 100))
 
 
-async def fetch_step(step: Image, before: Image, nodes: list[Node], root: Path) -> tuple[Partial, Tally, list[bytes]]:
+async def fetch_step(
+    step: Image, before: Image, nodes: list[Node], root: Path, *, altered: bool = False, pace: Pace | None = None
+) -> tuple[Partial, Tally, list[bytes]]:
     """Over deltas to `before`, which is staged here; and the deltas that were right."""
     stage = Stage(root)
     stage.open()
     stage_whole(stage, before)
-    partial, base = stage.reserve(step.digest, step.blob)[0], stage.base_of(step.manifest)
+    for file in before.manifest.files if altered else ():
+        for offset in range(5000, file.size_bytes, BUCKET_BYTES):
+            touch_bytes(root / before.digest.hex() / file.name, offset)
+    partial, (base,) = stage.reserve(step.digest, step.blob)[0], stage.base_of(step.manifest)
     tally, right = Tally(), list[bytes]()
-    fetching = Fetch(partial, sources(nodes), connect, no_progress, tally=tally)
-    fetching.ask_deltas(base, lambda image, base, file, offset, delta: right.append(delta))
+    fetching = Fetch(partial, sources(nodes), connect, no_progress, parallel=8, pace=pace, tally=tally)
+    fetching.ask_deltas(base, lambda image, base, bucket, delta: right.append(delta))
     await fetching.run()
+    base.close()
     assert contents(partial.folder) == contents(step.folder)
     return partial, tally, right
 
@@ -403,5 +409,25 @@ async def test_deltas_that_do_not_fit_are_asked_of_that_source_no_more_and_it_is
         node.image, node.bases = step, {image.digest: another}
     nodes[0].bases = {image.digest: next_version(tmp_path / "off", step, (1, 70_000), (2, 70_000))}
     _, tally, _ = await fetch_step(step, image, nodes, tmp_path / "stage")
-    assert not any(left.lied for left in tally.left)
+    assert not tally.left
+    assert sum(nodes[0].asked.values()) == len(step.manifest.buckets) + 2
+    assert not nodes[1].asked
+
+
+async def test_a_base_of_our_own_that_was_altered_costs_no_source_and_brings_nothing_wrong(
+    image: Image, step: Image, nodes: list[Node], tmp_path: Path
+) -> None:
+    for node in nodes:
+        node.image, node.bases = step, {image.digest: image}
+    _, tally, _ = await fetch_step(step, image, nodes, tmp_path / "stage", altered=True)
+    assert not tally.left
     assert tally.wire_bytes > BUCKET_BYTES
+
+
+async def test_a_limit_of_bandwidth_counts_what_came_as_a_delta(
+    image: Image, step: Image, nodes: list[Node], tmp_path: Path
+) -> None:
+    for node in nodes:
+        node.image, node.bases = step, {image.digest: image}
+    pace = Pace(step.size_bytes / 100)  # as plain buckets it would take 100 s
+    await asyncio.wait_for(fetch_step(step, image, nodes, tmp_path / "stage", pace=pace), 20)

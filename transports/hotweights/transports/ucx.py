@@ -14,6 +14,7 @@ its own, which stays registered with the network card, and what has come is copi
 import asyncio
 import itertools
 import secrets
+import time
 from collections import deque
 
 from hotweights.transports import frames
@@ -26,14 +27,21 @@ from hotweights.transports.ucx_lane import Endpoint, Lane
 
 # Pieces that a connection has memory for: one is copied while the next comes.
 AHEAD = 2
+# After which UCX is tried again where it did not come through and tcp does.
+AGAIN_S = 600.0
 
 
 class UcxConnection(TcpConnection):
     """See base.Connection. Made by UcxTransport.connect."""
 
-    def __init__(self, line: Line, address: str, can: frames.Can, lane: Lane, token: bytes) -> None:
+    def __init__(
+        self, line: Line, address: str, can: frames.Can, lane: Lane, token: bytes, unreached: dict[str, float]
+    ) -> None:
+        """`unreached` is told when UCX did not come through to which address."""
         super().__init__(line, address, can, "ucx")
         self._lane = lane
+        self._unreached = unreached
+        self._has_received = False
         self._token = token
         self._endpoint: Endpoint | None = None
         # One of ours at a time, and no other connection's: whoever may send to this process could else guess it.
@@ -54,11 +62,14 @@ class UcxConnection(TcpConnection):
             await asyncio.wait((receiving, ending), return_when=asyncio.FIRST_COMPLETED)
             if receiving.done():
                 receiving.result()
+                self._has_received = True
                 return size
             if ending.result():
                 raise frames.Garbage("sends something in the middle of a transfer")
             raise frames.Ended(midway=True)
         finally:
+            if not self._has_received:  # nor would another connection there
+                self._unreached[self._address] = time.monotonic()
             for task in (receiving, ending):
                 task.cancel()
             await asyncio.wait((receiving, ending))
@@ -68,8 +79,12 @@ class UcxConnection(TcpConnection):
 
     async def _join(self, wish: frames.Read) -> Endpoint:
         await self._line.send(frames.join(wish.image, self._lane.address, self._token))
-        there = frames.parse_joined(*await self._answer(wish), self._token)
-        self._endpoint = await self._lane.endpoint(there)
+        try:
+            there = frames.parse_joined(*await self._answer(wish), self._token)
+            self._endpoint = await self._lane.endpoint(there)
+        except (frames.Ended, frames.Garbage, OSError):
+            self._unreached[self._address] = time.monotonic()
+            raise
         return self._endpoint
 
     async def _receive(self, endpoint: Endpoint, into: memoryview, piece: int, tag: int) -> None:
@@ -121,15 +136,22 @@ class UcxTransport(TcpTransport):
         *,
         fall_back: bool = False,
     ) -> None:
-        """With `fall_back` sources that have no UCX are read over tcp; else they are gone for us."""
+        """With `fall_back` sources that have no UCX, or that it does not reach, are read over tcp.
+
+        Without, they are gone for us.
+        """
         super().__init__(limits, None, warn, pace)
         self._lane: Lane = lane
         self._fall_back = fall_back
+        self._unreached: dict[str, float] = {}
 
     def _connection(self, line: Line, address: str, can: frames.Can, token: bytes) -> TcpConnection:
-        if frames.Can.UCX in can:
-            return UcxConnection(line, address, can, self._lane, token)
+        failed_at = self._unreached.get(address, -AGAIN_S)
+        reaches = not self._fall_back or time.monotonic() - failed_at >= AGAIN_S
+        if frames.Can.UCX in can and reaches:
+            return UcxConnection(line, address, can, self._lane, token, self._unreached)
         if self._fall_back:
-            return TcpConnection(line, address, can, "tcp (the source has no UCX)")
+            why = "the source has no UCX" if reaches else "UCX did not come through to the source"
+            return TcpConnection(line, address, can, f"tcp ({why})")
         line.close()
         raise PeerGone(address, "has no UCX, and HOTWEIGHTS_TRANSPORT is ucx here")

@@ -17,7 +17,7 @@ from hotweights.transports.errors import TransportMissing
 MODULES = ("ucxx", "ucp")
 # UCX's own (8 KiB to send) makes two system calls for each: half again as fast here, at half the processor time.
 SEGMENTS = {"TCP_TX_SEG_SIZE": "256k", "TCP_RX_SEG_SIZE": "256k"}
-# Below that a message waits in UCX's own memory for who receives it; all of ours are larger, or wait for nobody.
+# Above that nothing is sent before somebody receives it: it would wait in UCX's own memory.
 RENDEZVOUS = {"RNDV_THRESH": "65536"}
 ABORT_NS = 10**8
 END_S = 1.0
@@ -82,6 +82,11 @@ class Lane:
             raise OSError(f"UCX: {error}") from error
         return Endpoint(made, self._module)
 
+    def close(self) -> None:
+        """Nobody may use it any more."""
+        if hasattr(self._module, "stop_notifier_thread"):
+            self._module.stop_notifier_thread()
+
     def finds_rdma(self) -> bool:
         """Whether UCX uses a device that moves bytes by itself."""
         return any(name in self._module.get_ucp_context_info() for name in _RDMA)
@@ -101,8 +106,14 @@ def _errors(module: Any, *more: type[Exception]) -> tuple[type[Exception], ...]:
 _lane: Lane | None = None
 
 
+def close_lane() -> None:
+    """At the end of the process, where there is one: a thread of ucxx's would keep it."""
+    if _lane is not None:
+        _lane.close()
+
+
 def open_lane(settings: Mapping[str, str]) -> Lane:
-    """The process's one. `settings` are UCX's, without UCX_: "TLS", "NET_DEVICES"; the environment goes first.
+    """The process's one. `settings` are UCX's, without UCX_: "TLS", "NET_DEVICES"; they go before the environment.
 
     Raises TransportMissing.
     """
@@ -120,8 +131,11 @@ def _initialised(settings: Mapping[str, str]) -> Any:
             module = importlib.import_module(name)
         except ImportError:
             continue
+        ours = {key: value for key, value in {**SEGMENTS, **RENDEZVOUS}.items() if f"UCX_{key}" not in os.environ}  # noqa: TID251
+        # Else ucxx asks a waiting request again and again, on the event loop.
+        futures = {"enable_python_future": True} if name == "ucxx" else {}
         try:
-            module.init(options={**SEGMENTS, **RENDEZVOUS, **settings}, env_takes_precedence=True)
+            module.init(options={**ours, **settings}, **futures)
         except _errors(module, RuntimeError) as error:
             raise TransportMissing("ucx", reason=f"UCX does not start: {error}", known=("tcp",)) from error
         return module

@@ -217,8 +217,8 @@ class CoordinatorService(rpc.CoordinatorServiceServicer):
         ]
         blobs = [await self._runtime.manifest(digest) if digest else None for digest in digests]
         if None not in blobs:
-            target, base = (manifest_pb2.Manifest.FromString(blob) for blob in blobs if blob is not None)
-            add_unchanged(self._runtime.state, plan, digests[1], unchanged_bytes(target, base))
+            found = [blob for blob in blobs if blob is not None]
+            add_unchanged(self._runtime.state, plan, digests[1], await asyncio.to_thread(unchanged_bytes, *found))
 
     # Policies.
 

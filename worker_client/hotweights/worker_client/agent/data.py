@@ -40,6 +40,7 @@ CONNECT_DEADLINE_S = 10.0
 # Of what strangers do, so much is logged.
 OF_ONE_HOST, OF_ALL_HOSTS = Rate(burst=5, every_s=60.0), Rate(burst=20, every_s=10.0)
 TRANSPORT, OVER_TLS = "tcp", "tcps"
+MAKING_MAX = 4  # deltas that are being made at once: each takes up to four times its bucket
 
 
 class DataPort:
@@ -70,6 +71,7 @@ class DataPort:
         self._reader = BucketReader()
         self._server: Server | None = None
         self._deltas = Deltas()
+        self._making = threading.BoundedSemaphore(MAKING_MAX)
         self._allowance = Allowance(OF_ONE_HOST, OF_ALL_HOSTS)
         self._withdraw: Callable[[bytes, str], None] = lambda digest, why: None
         self._arrivals: dict[bytes, asyncio.Future[None]] = {}
@@ -114,10 +116,12 @@ class DataPort:
         if not separator:
             name, address = TRANSPORT, source.data_endpoint
         try:
+            if name not in (TRANSPORT, OVER_TLS):  # the scheme is the peer's word: it chooses nothing else
+                raise PeerGone(source.data_endpoint, f"serves over {name!r}; this node reads over tcp and tcps")
             tls = self._tls_to(name, address)
             transport = self._transport if name == TRANSPORT and self._tls is None else None
             if transport is None:
-                transport = open_transport(TRANSPORT if name == OVER_TLS else name, tls)
+                transport = open_transport(TRANSPORT, tls)
             return await transport.connect(address, token=source.token, deadline_s=CONNECT_DEADLINE_S)
         except ValueError as error:  # an address or a token that is none
             raise PeerGone(source.data_endpoint, str(error)) from error
@@ -171,7 +175,7 @@ class DataPort:
 
     def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
         """See BucketSource. In a thread."""
-        key = image, base, file, offset
+        key = image, base, file, offset, view.nbytes
         known = self._deltas.get(key)
         if known is not None:
             return known
@@ -183,14 +187,15 @@ class DataPort:
                 before = self.open(base, file, offset, view.nbytes)
         except (NotHeld, OSError):
             return None
-        made = make_delta(view, before)
+        with self._making:
+            made = make_delta(view, before)
         if made is not None:
             self._deltas.put(key, made)
         return made
 
-    def received(self, image: bytes, base: bytes, file: int, offset: int, delta: bytes) -> None:
+    def received(self, image: bytes, base: bytes, bucket: manifest_pb2.Bucket, delta: bytes) -> None:
         """A delta that was right is given on: readers of this node have mostly the same base."""
-        self._deltas.put((image, base, file, offset), delta)
+        self._deltas.put((image, base, bucket.file, bucket.offset, bucket.size_bytes), delta)
 
     async def until_more(self, image: bytes) -> None:
         """See BucketSource."""

@@ -4,8 +4,8 @@ import threading
 from collections import OrderedDict
 from typing import TypeAlias
 
-# Image, base, file, offset.
-Key: TypeAlias = tuple[bytes, bytes, int, int]
+# Image, base, file, offset, size.
+Key: TypeAlias = tuple[bytes, bytes, int, int, int]
 
 KEPT_BYTES = 64 << 20
 

@@ -49,7 +49,7 @@ class Images:
         changed: Callable[[], None],
         open_source: Open,
         arrived: Callable[[bytes], None] = lambda digest: None,
-        received: Received = lambda image, base, file, offset, delta: None,
+        received: Received = lambda image, base, bucket, delta: None,
         *,
         bandwidth_max: float | None = None,
         connections: int = PARALLEL,
@@ -189,11 +189,12 @@ class Images:
                     raise
         if not partial.missing:
             return
-        base = await in_thread(lambda _: self.stage.base_of(partial.manifest))
+        bases: list[Base] = []  # filled even when we are cancelled meanwhile
         try:
-            await self._take_over(partial, base, sources, progress, tally)
+            await in_thread(lambda _: bases.extend(self.stage.base_of(partial.manifest)))
+            await self._take_over(partial, bases[0] if bases else None, sources, progress, tally)
         finally:
-            if base is not None:
+            for base in bases:
                 base.close()
 
     async def _take_over(

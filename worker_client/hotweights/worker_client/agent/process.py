@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 
+from hotweights.transports.ucx_lane import close_lane
 from hotweights.v1 import agent_service_pb2_grpc as rpc
 from hotweights.wire import failpoints
 from hotweights.wire.channel import server_options
@@ -41,7 +42,10 @@ def run_agent(config: Config, *, started_by_client: bool) -> None:
     Raises AgentRuns, StageTaken, StageUnsafe; OSError and ValueError for addresses that cannot be.
     """
     failpoints.arm(config.failpoints)
-    asyncio.run(serve_agent(config, started_by_client=started_by_client))
+    try:
+        asyncio.run(serve_agent(config, started_by_client=started_by_client))
+    finally:
+        close_lane()
 
 
 async def serve_agent(

@@ -65,6 +65,10 @@ def apply_delta(delta: bytes | memoryview, bucket: memoryview) -> None:
     gap_count, count = _HEAD.unpack_from(delta)
     if len(delta) != _HEAD.size + gap_count + 2 * count + tail:
         raise BadDelta(f"{len(delta)} bytes with {gap_count} gaps and {count} values")
+    if (
+        count > CHANGED_MAX * (size // 2) or gap_count > count + size // 2 // _SKIP
+    ):  # before any memory is taken for them
+        raise BadDelta(f"{count} values and {gap_count} gaps for {size} bytes are more than are ever made")
     gaps = np.frombuffer(delta, dtype=np.uint8, count=gap_count, offset=_HEAD.size)
     values = np.frombuffer(delta, dtype=_LANE, count=count, offset=_HEAD.size + gap_count)
     is_value = gaps != _SKIP

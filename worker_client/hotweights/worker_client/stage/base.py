@@ -8,13 +8,16 @@ touched in a map for the first time costs more than copying it.
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
 from hotweights.v1 import manifest_pb2
 from hotweights.worker_client.image.delta import BadDelta, apply_delta
-from hotweights.worker_client.image.digests import on_all_cores
+from hotweights.worker_client.image.digests import on_all_cores, usable_cores
 from hotweights.worker_client.stage.partial import Partial, Progress
+
+THREADS_MAX = 8  # each has memory for a bucket
 
 # File, offset, size.
 Place: TypeAlias = tuple[int, int, int]
@@ -23,9 +26,12 @@ Place: TypeAlias = tuple[int, int, int]
 class Base:
     """An image of the stage, open until `close`: it may go while it is used."""
 
-    def __init__(self, digest: bytes, manifest: manifest_pb2.Manifest, folder: Path) -> None:
-        """Raises OSError where a file is gone."""
+    def __init__(
+        self, digest: bytes, manifest: manifest_pb2.Manifest, folder: Path, closed: Callable[[], object]
+    ) -> None:
+        """`closed` is called once, by `close`. Raises OSError where a file is gone."""
         self.digest = digest
+        self._closed = closed
         self._digests = _digests(manifest)
         self._of_thread = threading.local()
         self._handles: list[int] = []
@@ -33,11 +39,15 @@ class Base:
             for file in manifest.files:
                 self._handles.append(os.open(folder / file.name, os.O_RDONLY | os.O_CLOEXEC))
         except OSError:
-            self.close()
+            self._let_go()
             raise
 
     def close(self) -> None:
         """Nobody may be using it."""
+        self._let_go()
+        self._closed()
+
+    def _let_go(self) -> None:
         for handle in self._handles:
             os.close(handle)
         self._handles = []
@@ -56,7 +66,7 @@ class Base:
 
         buckets = partial.manifest.buckets
         same = [at for at in sorted(partial.missing) if self._digests.get(_place(buckets[at])) == buckets[at].digest]
-        on_all_cores(same, copy)
+        on_all_cores(same, copy, min(usable_cores(), THREADS_MAX))
 
     def rebuild(self, partial: Partial, index: int, delta: bytes | None) -> bool:
         """Fills bucket `index` with what a delta, if any, makes of the one here; whether that is right. Thread-safe."""

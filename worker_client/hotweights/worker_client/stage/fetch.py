@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from hotweights.transports.base import Connection
 from hotweights.transports.errors import NotHeld, NotYet, TokenRefused, TransportError
 from hotweights.transports.pace import Pace
+from hotweights.v1 import manifest_pb2
 from hotweights.v1.worker_service_pb2 import Source, SourceLeft
 from hotweights.worker_client.stage.base import Base
 from hotweights.worker_client.stage.errors import SourcesFailed
@@ -39,18 +40,23 @@ BUCKET_DEADLINE_S = 30.0  # not before this: many flows on one link are not equa
 HASHED_HERE_BYTES = 512 << 10  # 0.15 ms: a thread takes longer to hear of it
 ASK_AGAIN_S = 0.05  # of who has not begun
 FAILURES_MAX = 5  # in a row
+NO_FIT_MAX = 2  # sources whose deltas do not fit
 LEFT_MAX = 64
 WRONG_MAX = 2  # buckets of one source
 REST_S = 0.2  # after the first failure; doubles
 
 
 Open = Callable[[Source], Awaitable[Connection]]
-# Image, base, file, offset; and the delta that made the one of the other there.
-Received = Callable[[bytes, bytes, int, int, bytes], None]
+# Image, base, bucket; and the delta that made the one of the other there.
+Received = Callable[[bytes, bytes, manifest_pb2.Bucket, bytes], None]
 
 
 class Stalled(Exception):
     """A source that is staging the image itself gets no further."""
+
+
+class NoFit(Exception):
+    """A delta does not make the bucket of what is here: who of the two has another base is not known."""
 
 
 class WrongBytes(Exception):
@@ -150,7 +156,8 @@ class Fetch:
                 if connection is not None and (used is not source or self._pace.delay_s(size) > LINGER_S):
                     await connection.close()
                     connection = None
-                await self._pace.take(size)  # before the connection, which a source does not keep for who does not ask
+                if self._base_for(index, source) is None:  # of a delta it is not known before how little comes
+                    await self._pace.take(size)  # before the connection, which a source does not keep for who asks late
                 try:
                     if connection is None:
                         connection, used = await self._open_source(source), source
@@ -159,6 +166,9 @@ class Fetch:
                     self._todo.appendleft(index)
                     self._pace.give_back(size)
                     await self._wait_for(source, error)
+                except NoFit:
+                    self._todo.appendleft(index)
+                    log.warning("bucket %d came from %s as a delta that does not fit", index, source.node_id)
                 except (TransportError, WrongBytes) as error:
                     self._todo.appendleft(index)
                     self._struck(source, error)
@@ -187,9 +197,7 @@ class Fetch:
 
     async def _receive(self, connection: Connection, source: Source, index: int) -> None:
         bucket = self._partial.manifest.buckets[index]
-        base = self._base if self._base is not None and source.node_id not in self._no_deltas else None
-        if base is not None and not base.has_place_of(bucket):
-            base = None
+        base = self._base_for(index, source)
         with self._partial.view(index) as place:
             came = await connection.read_into(
                 self._partial.digest,
@@ -200,18 +208,22 @@ class Fetch:
                 base=None if base is None else base.digest,
             )
             delta = bytes(place[:came]) if base is not None and came < bucket.size_bytes else None
+        if base is not None:
+            await self._pace.take(came)
         if bucket.size_bytes <= HASHED_HERE_BYTES and delta is None:
             right = self._is_right(index, base, delta)
         else:
             right = await in_thread(lambda _: self._is_right(index, base, delta))
         if not right and delta is not None:
-            self._no_deltas.add(source.node_id)  # its base may be another than it says, which is no lie about the image
-            raise WrongBytes(f"bucket {index} came as a delta that does not fit")
+            self._no_deltas.add(source.node_id)
+            if len(self._no_deltas) >= NO_FIT_MAX:  # it is rather ours that is another than it says
+                self._base = None
+            raise NoFit
         if not right:
             self._wrong[source.node_id] += 1
             raise WrongBytes(f"bucket {index} came with wrong bytes")
         if base is not None and delta is not None and self._received is not None:
-            self._received(self._partial.digest, base.digest, bucket.file, bucket.offset, delta)
+            self._received(self._partial.digest, base.digest, bucket, delta)
         self._tally.wire_bytes += came
         standing, now = self._standing(source), asyncio.get_running_loop().time()
         standing.failures, standing.grew_at = 0, now
@@ -221,6 +233,12 @@ class Fetch:
         self._tally.bytes_per_s = self._fetched_bytes / max(now - self._begun_at, 1e-3)
         self._partial.mark_good(index)
         self._progress(self._partial.bytes_done, self._partial.bytes_total)
+
+    def _base_for(self, index: int, source: Source) -> Base | None:
+        """To what a delta of a bucket may be asked of a source."""
+        if self._base is None or source.node_id in self._no_deltas:
+            return None
+        return self._base if self._base.has_place_of(self._partial.manifest.buckets[index]) else None
 
     def _is_right(self, index: int, base: Base | None, delta: bytes | None) -> bool:
         """Whether what came is the bucket, or its delta makes it. In any thread."""
@@ -255,7 +273,7 @@ class Fetch:
     @property
     def _stall_s(self) -> float:
         """Of a healthy source on a slow link a few large buckets take longer than STALL_S."""
-        return max(STALL_S, 2 * self._parallel * self._partial.manifest.bucket_bytes / SLOW_RATE)
+        return max(STALL_S, 2 * PARALLEL * self._partial.manifest.bucket_bytes / SLOW_RATE)
 
     def _struck(self, source: Source, error: Exception) -> None:
         standing = self._standing(source)

@@ -67,6 +67,7 @@ class Stage:
         self._stamps: dict[bytes, Stamps] = {}
         self._filling: dict[bytes, Partial] = {}
         self._pinned: frozenset[bytes] = frozenset()
+        self._bases: list[bytes] = []
 
     def open(self) -> list[bytes]:
         """Takes the stage; the images that a former agent left and that `verify` may offer again.
@@ -128,19 +129,24 @@ class Stage:
         """Of an image that is held. Waits for no lock, which is held while room is made: for the event loop."""
         return self._held.get(digest)
 
-    def base_of(self, manifest: manifest_pb2.Manifest) -> Base | None:
-        """The image that is most like one to come, the one used last of those that are equally; None if none is."""
+    def base_of(self, manifest: manifest_pb2.Manifest) -> list[Base]:
+        """The image that is most like one to come, the one used last of those that are equally; none if none is.
+
+        It stays until it is closed.
+        """
         with self._lock:
             held = dict(enumerate(self._held.items()))
             likest = max(((*likeness(other, manifest), at) for at, (_, other) in held.items()), default=(0, 0, 0))
             if not likest[0]:
-                return None
+                return []
             digest, other = held[likest[2]]
             try:
-                return Base(digest, other, self.root / digest.hex())
+                base = Base(digest, other, self.root / digest.hex(), lambda: self._bases.remove(digest))
             except OSError as error:
                 log.warning("image %s cannot be read, and is no base: %s", digest.hex()[:16], error)
-                return None
+                return []
+            self._bases.append(digest)
+            return [base]
 
     def used_bytes(self) -> int:
         """What images and unfinished ones take."""
@@ -298,7 +304,7 @@ class Stage:
         whole = [
             self.root / held.hex()
             for held in self._held
-            if held not in self._pinned and held != digest and not self.pins.clients(held)
+            if held not in (digest, *self._pinned, *self._bases) and not self.pins.clients(held)
         ]
         return [*unfinished, *whole]
 
