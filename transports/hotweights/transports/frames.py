@@ -15,7 +15,7 @@ Where both have UCX, the frames stay on this connection and the bytes go beside 
     READ_TAGGED the same as READ_AGAINST, tag -->
                                  <----   DATA_TAGGED size, piece; and over UCX with that tag, piece by piece, the bytes
 
-The seal is made with the token: UCX ends its process on an address that is none, and sees only what a holder of it made.
+The seal is made with the token: UCX ends its process on an address that is none, so it sees only what its holders made.
 
 REFUSED ends the connection, unless it is that a range is not held, or not yet.
 
