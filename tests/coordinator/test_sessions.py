@@ -267,6 +267,28 @@ async def test_an_update_goes_over_the_wire_from_start_to_commit(live: Live) -> 
         await wire.close()
 
 
+async def test_nodes_of_a_zone_take_an_image_from_each_other_and_status_shows_the_zone(live: Live) -> None:
+    seed = await Wire(live).hello(agent_hello("seed", "v1", "v2", zone="west"))
+    others = {name: await Wire(live).hello(agent_hello(name, "v1", zone=zone)) for name, zone in ZONED.items()}
+    for version in ("v1", "v2"):
+        await live.publish(version)
+    replicas = [await Wire(live).hello(replica_hello(f"r-{name}", "v1", node=name)) for name in ZONED]
+    started = await soon(live.service.StartUpdate(pb.StartUpdateRequest(model="m", version="v2")))
+    first = {name: (await wire.order("stage")).stage.sources[0].node_id for name, wire in others.items()}
+    zones = {**ZONED, "seed": "west"}
+    entries = [name for name, source in first.items() if zones[name] != zones[source]]
+    assert sorted(zones[name] for name in entries) == ["east"]
+    shown = (await soon(live.service.ListNodes(pb.ListNodesRequest()))).nodes
+    assert {node.id: node.zone for node in shown} == zones
+    planned = await soon(live.service.GetUpdate(pb.GetUpdateRequest(id=started.update.id)))
+    assert planned.update.phase == update_pb2.UPDATE_PHASE_STAGING
+    for wire in (seed, *others.values(), *replicas):
+        await wire.close()
+
+
+ZONED = {"a": "east", "b": "west", "c": "east", "d": "west"}
+
+
 async def test_a_failed_apply_is_restored_and_told_in_status_and_events(live: Live) -> None:
     agent = await Wire(live).hello(agent_hello("n1", "v1", "v2"))
     for version in ("v1", "v2"):

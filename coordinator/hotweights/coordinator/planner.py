@@ -1,7 +1,7 @@
 """How an update would go, without starting it."""
 
 from hotweights.coordinator.rules.catalogue import base_of, check_start, version_named
-from hotweights.coordinator.rules.chains import sources_of
+from hotweights.coordinator.rules.chains import sources_of, zones_of
 from hotweights.coordinator.rules.records import Options
 from hotweights.coordinator.rules.state import Seat, State
 from hotweights.coordinator.rules.turn import Turn
@@ -24,13 +24,13 @@ def plan_update(state: State, now: float, model: str, version: str, options: Opt
         plan.waves.add(replica_ids=names)
     holders = sorted(node.id for node in turn.holders(target.digest))
     nodes = {node for seat in roster for node in seat.nodes}
-    chain = sorted(nodes - set(holders))
+    chain, zones = sorted(nodes - set(holders)), zones_of(state.nodes.values())
     for node_id in sorted(nodes):
         row = plan.nodes.add(node_id=node_id)
         if node_id in holders:
             continue
         row.fetch_bytes, row.fetch_buckets = target.image_bytes, target.bucket_count
-        row.source_node_ids.extend(sources_of(node_id, chain, holders))
+        row.source_node_ids.extend(sources_of(node_id, chain, holders, zones))
     plan.notes.extend(_notes(state, roster, target.image_bytes))
     if options.check_finite:
         plan.notes.append("every rank looks for NaN and infinite values while it prepares; one refuses the version")

@@ -118,7 +118,7 @@ class Replica(_message.Message):
     def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., connected: bool = ..., ready: bool = ..., excluded: bool = ..., desired_version: _Optional[str] = ..., active_version: _Optional[str] = ..., active_digest: _Optional[bytes] = ..., last_window: _Optional[_Union[_update_pb2.WindowTimes, _Mapping]] = ..., fingerprints: _Optional[_Iterable[bytes]] = ..., ranks: _Optional[_Iterable[_Union[Rank, _Mapping]]] = ..., engine: _Optional[str] = ..., note: _Optional[str] = ..., routes: _Optional[_Union[Routes, _Mapping]] = ..., fingerprint_kind: _Optional[str] = ...) -> None: ...
 
 class Node(_message.Message):
-    __slots__ = ("id", "connected", "data_endpoint", "held_digests", "stage_bytes_used", "stage_bytes_free", "quarantine")
+    __slots__ = ("id", "connected", "data_endpoint", "held_digests", "stage_bytes_used", "stage_bytes_free", "quarantine", "zone")
     ID_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
     DATA_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +126,7 @@ class Node(_message.Message):
     STAGE_BYTES_USED_FIELD_NUMBER: _ClassVar[int]
     STAGE_BYTES_FREE_FIELD_NUMBER: _ClassVar[int]
     QUARANTINE_FIELD_NUMBER: _ClassVar[int]
+    ZONE_FIELD_NUMBER: _ClassVar[int]
     id: str
     connected: bool
     data_endpoint: str
@@ -133,7 +134,8 @@ class Node(_message.Message):
     stage_bytes_used: int
     stage_bytes_free: int
     quarantine: str
-    def __init__(self, id: _Optional[str] = ..., connected: bool = ..., data_endpoint: _Optional[str] = ..., held_digests: _Optional[_Iterable[bytes]] = ..., stage_bytes_used: _Optional[int] = ..., stage_bytes_free: _Optional[int] = ..., quarantine: _Optional[str] = ...) -> None: ...
+    zone: str
+    def __init__(self, id: _Optional[str] = ..., connected: bool = ..., data_endpoint: _Optional[str] = ..., held_digests: _Optional[_Iterable[bytes]] = ..., stage_bytes_used: _Optional[int] = ..., stage_bytes_free: _Optional[int] = ..., quarantine: _Optional[str] = ..., zone: _Optional[str] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("revision", "at", "kind", "model", "version", "update_id", "replica_id", "node_id", "message", "window", "refusal")

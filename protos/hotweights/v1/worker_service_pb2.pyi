@@ -57,20 +57,22 @@ class Hello(_message.Message):
     def __init__(self, incarnation: _Optional[str] = ..., cluster_id: _Optional[str] = ..., last_epoch: _Optional[int] = ..., last_revision: _Optional[int] = ..., agent: _Optional[_Union[AgentHello, _Mapping]] = ..., replica: _Optional[_Union[ReplicaHello, _Mapping]] = ...) -> None: ...
 
 class AgentHello(_message.Message):
-    __slots__ = ("node_id", "data_endpoint", "held_digests", "stage_bytes_used", "stage_bytes_free", "token_key")
+    __slots__ = ("node_id", "data_endpoint", "held_digests", "stage_bytes_used", "stage_bytes_free", "token_key", "zone")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     DATA_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     HELD_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     STAGE_BYTES_USED_FIELD_NUMBER: _ClassVar[int]
     STAGE_BYTES_FREE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_KEY_FIELD_NUMBER: _ClassVar[int]
+    ZONE_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     data_endpoint: str
     held_digests: _containers.RepeatedScalarFieldContainer[bytes]
     stage_bytes_used: int
     stage_bytes_free: int
     token_key: bytes
-    def __init__(self, node_id: _Optional[str] = ..., data_endpoint: _Optional[str] = ..., held_digests: _Optional[_Iterable[bytes]] = ..., stage_bytes_used: _Optional[int] = ..., stage_bytes_free: _Optional[int] = ..., token_key: _Optional[bytes] = ...) -> None: ...
+    zone: str
+    def __init__(self, node_id: _Optional[str] = ..., data_endpoint: _Optional[str] = ..., held_digests: _Optional[_Iterable[bytes]] = ..., stage_bytes_used: _Optional[int] = ..., stage_bytes_free: _Optional[int] = ..., token_key: _Optional[bytes] = ..., zone: _Optional[str] = ...) -> None: ...
 
 class ReplicaHello(_message.Message):
     __slots__ = ("replica_id", "model", "policy", "active_digest", "ranks", "engine", "open_window", "fingerprints", "identifying", "fingerprint_kind")

@@ -12,6 +12,7 @@ def add_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     add_endpoint(parser)
     add_access(parser)
     parser.add_argument("--node", help="the node's id (default: the host's name)")
+    parser.add_argument("--zone", help="the rack or zone it is in: images come into each once")
     parser.add_argument("--stage-dir", metavar="DIR", help="where images are staged (default: /dev/shm/hotweights-UID)")
     parser.add_argument("--socket", metavar="PATH", help="for this node's engines (default: STAGE_DIR/agent.sock)")
     parser.add_argument(
@@ -43,6 +44,7 @@ def agent(arguments: argparse.Namespace) -> int:
     config = client_settings(
         arguments,
         node=arguments.node,
+        zone=arguments.zone,
         stage_dir=arguments.stage_dir,
         agent_socket=arguments.socket,
         listen=arguments.listen,

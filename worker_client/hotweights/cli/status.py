@@ -133,10 +133,13 @@ def update_tables(update: "update_pb2.Update") -> "Iterable[Table]":
 def node_table(nodes: "Iterable[fleet_pb2.Node]") -> "Table":
     from hotweights.cli.output import Table, size
 
-    table = Table("nodes", ("NODE", "CONNECTED", "IMAGES", "STAGE USED", "STAGE FREE", "SERVES AT", "QUARANTINE"))
+    table = Table(
+        "nodes", ("NODE", "ZONE", "CONNECTED", "IMAGES", "STAGE USED", "STAGE FREE", "SERVES AT", "QUARANTINE")
+    )
     for node in nodes:
         table.add(
             node.id,
+            node.zone,
             "yes" if node.connected else "no",
             len(node.held_digests),
             size(node.stage_bytes_used),

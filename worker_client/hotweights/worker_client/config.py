@@ -48,6 +48,7 @@ SETTINGS = (
     Setting("HOTWEIGHTS_MODEL", "", "the model an engine follows; empty is the coordinator's only one"),
     Setting("HOTWEIGHTS_REPLICA", "HOST-PID", "the replica's id; set it to keep it over restarts"),
     Setting("HOTWEIGHTS_NODE", "host name", "the node's id"),
+    Setting("HOTWEIGHTS_ZONE", "", "the rack or zone of the node: images come into it once"),
     Setting("HOTWEIGHTS_STAGE_DIR", "/dev/shm/hotweights-UID", "where images are staged"),
     Setting("HOTWEIGHTS_AGENT_SOCKET", "STAGE_DIR/agent.sock", "the node's agent"),
     Setting("HOTWEIGHTS_AGENT_ALLOW", "", "who may use the agent beside its own user and root: UID,@GROUP,..."),
@@ -84,6 +85,7 @@ class Config:
     endpoint: Endpoint | None
     model: str
     node: str
+    zone: str
     replica: str
     stage_dir: Path
     agent_socket: Path
@@ -132,6 +134,7 @@ class Config:
             "HOTWEIGHTS_ENDPOINT": str(self.endpoint) if self.endpoint else "",
             "HOTWEIGHTS_MODEL": self.model,
             "HOTWEIGHTS_NODE": self.node,
+            "HOTWEIGHTS_ZONE": self.zone,
             "HOTWEIGHTS_STAGE_DIR": str(self.stage_dir),
             "HOTWEIGHTS_AGENT_SOCKET": str(self.agent_socket),
             "HOTWEIGHTS_AGENT_ALLOW": self.agent_allow,
@@ -294,6 +297,7 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         endpoint=parse_endpoint(endpoint) if endpoint else None,
         model=env.get("HOTWEIGHTS_MODEL", ""),
         node=env.get("HOTWEIGHTS_NODE") or host,
+        zone=env.get("HOTWEIGHTS_ZONE", "").strip(),
         replica=env.get("HOTWEIGHTS_REPLICA", ""),
         stage_dir=stage_dir,
         agent_socket=Path(socket_path) if socket_path else stage_dir / "agent.sock",

@@ -25,6 +25,7 @@ class AgentAttached(Event):
     token_key: bytes = field(default=b"", repr=False)
     bytes_used: int = 0
     bytes_free: int = 0
+    zone: str = ""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def agent_attached(turn: Turn, event: e.AgentAttached) -> None:
         token_key=event.token_key,
         bytes_used=event.bytes_used,
         bytes_free=event.bytes_free,
+        zone=event.zone,
         accusers=present.accusers if present and present.incarnation == event.incarnation else frozenset(),
     )
     turn.nodes.put(event.node, node)

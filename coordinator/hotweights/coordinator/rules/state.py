@@ -92,6 +92,7 @@ class Node:
     bytes_free: int = 0
     connected: bool = True
     pins_told: frozenset[str] | None = None
+    zone: str = ""
     accusers: frozenset[str] = frozenset()
     """Nodes to which it sent wrong bytes. One of them may be broken itself: it takes ACCUSERS_MIN."""
 

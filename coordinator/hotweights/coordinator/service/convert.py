@@ -247,6 +247,7 @@ def node_message(node: Node) -> fleet_pb2.Node:
         stage_bytes_used=node.bytes_used,
         stage_bytes_free=node.bytes_free,
         quarantine=node.quarantine,
+        zone=node.zone,
     )
 
 

@@ -173,6 +173,7 @@ def _attached(now: float, session: str, hello: pb.Hello) -> e.Event:
             token_key=agent.token_key,
             bytes_used=agent.stage_bytes_used,
             bytes_free=agent.stage_bytes_free,
+            zone=bounds.text(agent.zone),
         )
     replica = hello.replica
     return e.ReplicaAttached(

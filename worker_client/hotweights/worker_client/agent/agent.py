@@ -231,6 +231,7 @@ class Agent:
                 stage_bytes_used=self.stage.used_bytes(),
                 stage_bytes_free=self.stage.room().free_bytes,
                 token_key=self.data.token_key,
+                zone=self.config.zone,
             )
         )
 
