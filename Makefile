@@ -52,6 +52,7 @@ check: setup tools  ## format, lint, types, import walls, stubs and protos
 	.venv-tools/bin/python scripts/stubs.py --check
 	.venv-tools/bin/buf lint protos
 	$(bin)/python scripts/vllm_table.py --check
+	$(bin)/python scripts/benchmark_tables.py --check
 
 stubs: tools  ## regenerate protos/hotweights/v1/*_pb2*
 	.venv-tools/bin/python scripts/stubs.py
