@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 HEAD = """# Benchmarks
 
 Made by `scripts/benchmark_tables.py` of the files in [benchmarks/results](../benchmarks/results), the newest of each
-benchmark. Ratios are medians over runs, both sides taken in the same run; machines are noisy, and the ratios travel better
-than the times. What a key means: `.venv/bin/python -m benchmarks.NAME --help`.
+benchmark. Ratios are medians over runs, both sides taken in the same run; machines are noisy, and ratios travel better
+than times. What a key means: `.venv/bin/python -m benchmarks.NAME --help`.
 """
 BAR, ROW, LEFT, WIDTH = 16, 26, 210, 760
 Result = dict[str, Any]

@@ -1,6 +1,7 @@
 """What only a real network can do to the tcp transport: nonsense, crowds, and processes that are killed."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -17,7 +18,7 @@ from hotweights.transports.address import format_address, parse_address
 from hotweights.transports.errors import DeadlinePassed, PeerGone
 from hotweights.transports.line import PlainLine
 from hotweights.transports.tcp import TcpTransport
-from hotweights.transports.tcp_server import Limits
+from hotweights.transports.tcp_server import Limits, TcpServer
 
 CONTENT = pattern(MIB)
 GOOD_HELLO = frames.hello(TOKEN)
@@ -157,6 +158,27 @@ async def test_strangers_as_many_as_come_turn_no_reader_away(who: str) -> None:
         await asyncio.wait_for(until_count(server, 1 + 4 - 1), 5)  # the last read took the place of one of four
         for _, writer in writers:
             writer.close()
+        await reader.close()
+
+
+async def test_a_thousand_connections_that_say_nothing_keep_no_reader_out() -> None:
+    limits = Limits()
+    async with serving(TcpTransport(limits), Held(CONTENT)) as server:
+        assert isinstance(server, TcpServer)
+        reader = await TcpTransport().connect(server.address, token=TOKEN, deadline_s=5)
+        host, port = server.address.split(":")
+        with contextlib.ExitStack() as silent:
+            for number in range(1000):
+                silent.enter_context(socket.create_connection((host, int(port)), timeout=5))
+                if number % 100 == 0:
+                    into = bytearray(4096)
+                    await reader.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5)
+                    assert into == CONTENT[:4096]
+                await asyncio.sleep(0)
+            assert server.connection_count <= limits.strangers_max + 1
+            late = await TcpTransport().connect(server.address, token=TOKEN, deadline_s=5)
+            await late.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5)
+            await late.close()
         await reader.close()
 
 
