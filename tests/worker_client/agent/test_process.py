@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -134,6 +135,36 @@ async def test_two_clients_that_start_an_agent_at_once_get_the_same_one(home: Pa
     await ended(pid)
     assert not config.agent_socket.exists()
     assert "ended" in (config.stage_dir / "agent.log").read_text()
+
+
+async def test_an_agent_gives_way_as_far_as_it_is_told(home: Path) -> None:
+    config = a_config(home, "a", HOTWEIGHTS_NICE="7")
+    client = await connect_or_start(config)
+    pid = (await client.status()).pid
+    await client.close()
+    assert os.getpriority(os.PRIO_PROCESS, pid) == max(7, os.getpriority(os.PRIO_PROCESS, 0))
+    os.kill(pid, signal.SIGTERM)
+    await ended(pid)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed")
+async def test_agents_that_move_buckets_over_ucx_end_when_they_are_told(
+    home: Path, coordinator: SmallCoordinator
+) -> None:
+    """The libraries of UCX keep threads of their own."""
+    settings = {"HOTWEIGHTS_TRANSPORT": "ucx", "HOTWEIGHTS_UCX_TLS": "tcp,self"}
+    configs = [a_config(home, node, coordinator.endpoint, **settings) for node in ("a", "b")]
+    clients = [await connect_or_start(config) for config in configs]
+    digest = (await clients[0].publish_folder(make_folder(home / "v1"), "m", "v1")).manifest_digest
+    await coordinator.hears("a", "b")
+    number = coordinator.stage("b", digest, "a")
+    assert (await coordinator.outcome("b", number)).staged.manifest_digest == digest
+    pids = [(await client.status()).pid for client in clients]
+    for client, pid in zip(clients, pids, strict=True):
+        await client.close()
+        os.kill(pid, signal.SIGTERM)
+    for pid in pids:
+        await ended(pid)
 
 
 async def test_a_client_lives_through_the_agents_death_and_has_another_started(home: Path) -> None:

@@ -56,6 +56,7 @@ SETTINGS = (
     Setting("HOTWEIGHTS_ADVERTISE", "", "that address as other nodes see it"),
     Setting("HOTWEIGHTS_BUCKET_BYTES", "by the image", "size of a bucket; 64 KiB to 1 GiB"),
     Setting("HOTWEIGHTS_BANDWIDTH_MAX", "", "bytes a second that an agent sends, and that it fetches: 200MB"),
+    Setting("HOTWEIGHTS_NICE", "0", "how far the agent gives way to what serves, 0 to 19: see nice(1)"),
     Setting("HOTWEIGHTS_TRANSPORT", "auto", "auto, tcp or ucx: how buckets go between nodes"),
     Setting("HOTWEIGHTS_CONNECTIONS", "2", "buckets of an image on their way to a node at once; 1 to 8"),
     Setting("HOTWEIGHTS_UCX_TLS", "", "UCX_TLS of the agent: the transports that UCX may take"),
@@ -93,6 +94,7 @@ class Config:
     advertise: str
     bucket_bytes: int | None
     bandwidth_max: float | None
+    nice: int
     transport: str
     connections: int
     max_images: int
@@ -142,6 +144,7 @@ class Config:
             "HOTWEIGHTS_ADVERTISE": self.advertise,
             "HOTWEIGHTS_BUCKET_BYTES": "" if self.bucket_bytes is None else str(self.bucket_bytes),
             "HOTWEIGHTS_BANDWIDTH_MAX": "" if self.bandwidth_max is None else f"{self.bandwidth_max:.0f}B",
+            "HOTWEIGHTS_NICE": str(self.nice),
             "HOTWEIGHTS_TRANSPORT": self.transport,
             "HOTWEIGHTS_CONNECTIONS": str(self.connections),
             **{name: self.ucx.get(of_ucx, "") for name, of_ucx in _UCX.items()},
@@ -306,6 +309,7 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         advertise=env.get("HOTWEIGHTS_ADVERTISE", ""),
         bucket_bytes=_bucket_bytes(env),
         bandwidth_max=_bandwidth(env.get("HOTWEIGHTS_BANDWIDTH_MAX", "").strip()),
+        nice=_number(env, "HOTWEIGHTS_NICE", 0, 0, 19),
         transport=_transport(env.get("HOTWEIGHTS_TRANSPORT") or "auto"),
         connections=_number(env, "HOTWEIGHTS_CONNECTIONS", 2, 1, 8),
         ucx={of_ucx: text for name, of_ucx in _UCX.items() if (text := env.get(name, "").strip())},

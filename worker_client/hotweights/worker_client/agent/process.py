@@ -42,6 +42,7 @@ def run_agent(config: Config, *, started_by_client: bool) -> None:
     Raises AgentRuns, StageTaken, StageUnsafe; OSError and ValueError for addresses that cannot be.
     """
     failpoints.arm(config.failpoints)
+    os.nice(max(0, config.nice - os.nice(0)))  # not more than that, where it was started with some
     try:
         asyncio.run(serve_agent(config, started_by_client=started_by_client))
     finally:
