@@ -8,6 +8,9 @@
     plain_overhead  time of staging a version in which everything changed on a node with the one before, over one with
                     nothing: what looking for deltas costs
 
+    agent_memory    (under medians) the most that the larger of the two agents took of memory of its own, in MB: beside
+                    images, which are in files under /dev/shm
+
 Coordinator, publisher and agents are the real ones, in two network namespaces with a limited link (tc tbf); see
 benchmarks.fanout. Values are bf16; those that change are spread at random over all tensors, and move by one to three
 units in the last place.
@@ -19,7 +22,9 @@ import os
 import shutil
 import sys
 import tempfile
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +72,27 @@ def write(folder: Path, values: Values) -> Path:
     return folder
 
 
+@contextmanager
+def watched(pids: list[int]) -> Iterator[list[float]]:
+    """What each of these processes has of memory of its own, in MB, looked at every 20 ms; all that was seen."""
+    seen, over = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            for pid in pids:
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    seen.append(int(status.split("RssAnon:")[1].split()[0]) * 1024 / 1e6)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
 class Pair:
     """A publisher and a node, and a folder of memory for images."""
 
@@ -81,8 +107,8 @@ class Pair:
         shutil.rmtree(self._stages / self._node.name, ignore_errors=True)
         self._fleet.start_agent(self._node)
 
-    def send(self, folder: Path) -> tuple[Took, float]:
-        """What it took, and bytes on the wire over the image."""
+    def send(self, folder: Path) -> tuple[Took, float, float]:
+        """What it took, bytes on the wire over the image, and the most memory of an agent, in MB."""
         self._models += 1
         settings = {"HOTWEIGHTS_STAGE_DIR": str(self._stages / self._publisher.name), "HOTWEIGHTS_NODE": "here"}
         sent = 0
@@ -91,10 +117,11 @@ class Pair:
             nonlocal sent
             sent = sent_bytes(self._publisher)
 
-        took = asyncio.run(
-            distribute(ENDPOINT, load_config(settings), folder, f"m{self._models}", [self._node.name], begin=begin)
-        )
-        return took, (sent_bytes(self._publisher) - sent) / self.size_bytes
+        with watched(self._fleet.agent_pids()) as most:
+            took = asyncio.run(
+                distribute(ENDPOINT, load_config(settings), folder, f"m{self._models}", [self._node.name], begin=begin)
+            )
+        return took, (sent_bytes(self._publisher) - sent) / self.size_bytes, max(most)
 
 
 def measure(pair: Pair, stages: Path, runs: int) -> dict[str, list[float]]:
@@ -107,11 +134,11 @@ def measure(pair: Pair, stages: Path, runs: int) -> dict[str, list[float]]:
             after = write(stages / "after", changed_values(random, values, share))
             pair.forget()
             os.utime(before / "model.safetensors")  # so that publishing hashes it again
-            full, _ = pair.send(before)
-            step, wire = pair.send(after)
+            full, _, _ = pair.send(before)
+            step, wire, memory = pair.send(after)
             progress(
                 f"run {run}: the whole in {full.publish_s:.2f} + {full.update_s:.2f} s, with {name} changed in "
-                f"{step.publish_s:.2f} + {step.update_s:.2f} s, {wire:.4f} images on the wire"
+                f"{step.publish_s:.2f} + {step.update_s:.2f} s, {wire:.4f} images on the wire, {memory:.0f} MB"
             )
             for key, value in (
                 (f"full_{name}", full.publish_s + full.update_s),
@@ -119,6 +146,7 @@ def measure(pair: Pair, stages: Path, runs: int) -> dict[str, list[float]]:
                 (f"full_stage_{name}", full.update_s),
                 (f"step_stage_{name}", step.update_s),
                 (f"wire_{name}", wire),
+                ("agent_memory", memory),
             ):
                 found.setdefault(key, []).append(value)
             shutil.rmtree(after)
@@ -148,6 +176,7 @@ def main() -> int:
         fleet = Fleet(work, stages, nodes, max_images=2)
         with fleet.running("hotweights.cli"):
             found = measure(Pair(fleet, nodes, stages, size * MIB), stages, runs)
+    report.medians["agent_memory"] = {"value": max(found.pop("agent_memory")), "unit": "MB"}
     for key, values in found.items():
         report.median(key, values, "images" if key.startswith("wire") else "s")
     for name in SHARES:

@@ -94,6 +94,9 @@ class Fleet:
         stage += ["--max-images", str(self._max_images)]
         self._agents[node.name] = self._start(node.name, node.command([*agent, *stage]))
 
+    def agent_pids(self) -> list[int]:
+        return [process.pid for process in self._agents.values()]
+
     def kill_agent(self, node: netns.Node) -> None:
         """At once, as a crash does. `ip netns exec` has become the agent itself."""
         self._agents[node.name].send_signal(signal.SIGKILL)
