@@ -156,15 +156,16 @@ class Fetch:
                 if connection is not None and (used is not source or self._pace.delay_s(size) > LINGER_S):
                     await connection.close()
                     connection = None
-                if self._base_for(index, source) is None:  # of a delta it is not known before how little comes
-                    await self._pace.take(size)  # before the connection, which a source does not keep for who asks late
+                base = self._base_for(index, source)
+                taken = 0 if base is not None else size  # of a delta it is not known before how little comes
+                await self._pace.take(taken)  # before the connection, which a source does not keep for who asks late
                 try:
                     if connection is None:
                         connection, used = await self._open_source(source), source
-                    await self._receive(connection, source, index)
+                    await self._receive(connection, source, index, base)
                 except (NotYet, NotHeld) as error:
                     self._todo.appendleft(index)
-                    self._pace.give_back(size)
+                    self._pace.give_back(taken)
                     await self._wait_for(source, error)
                 except NoFit:
                     self._todo.appendleft(index)
@@ -195,9 +196,9 @@ class Fetch:
     def _is_out(self, source: Source) -> bool:
         return self._standing(source).out or self._wrong[source.node_id] >= WRONG_MAX
 
-    async def _receive(self, connection: Connection, source: Source, index: int) -> None:
+    async def _receive(self, connection: Connection, source: Source, index: int, base: Base | None) -> None:
+        """Asks for a delta to `base`, where there is one."""
         bucket = self._partial.manifest.buckets[index]
-        base = self._base_for(index, source)
         with self._partial.view(index) as place:
             came = await connection.read_into(
                 self._partial.digest,
