@@ -4,7 +4,8 @@
 
 vLLM starts each core and each rank with "spawn", which imports torch and vLLM anew: twenty seconds of processor time on
 a slow machine, three times an engine. In tests all those of one pytest share one import. What is forked has the
-environment of whoever starts it, as with "spawn"; servers that tests start as commands (`vllm serve`) are not touched.
+environment of whoever starts it, as with "spawn". Servers that tests start as commands (`vllm serve`) are not touched,
+but for those with TEST_WARM set.
 """
 
 import multiprocessing.forkserver
@@ -74,6 +75,16 @@ def _bind_threads() -> None:
 def be_a_child() -> None:
     """In the fork server: what it forks asks it for more. Python would start another server for each of them."""
     _server.ensure_running = lambda: None
+
+
+def begin_if_asked() -> None:
+    """For a program that a test starts with TEST_WARM set: its engines are forked from a server of its own.
+
+    Which imports what they need beside the program, on another core; it is of the program's session and process group.
+    """
+    if os.environ.get("TEST_WARM"):
+        _start_server()
+        use()
 
 
 def run(script: Path, *arguments: str, deadline_s: float) -> "subprocess.CompletedProcess[str]":

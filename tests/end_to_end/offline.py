@@ -10,12 +10,14 @@ import sys
 import threading
 
 from oracle import MAX_TOKENS
+from tests import warm
 
 from hotweights.adapters.vllm_auto import install_autobind
 
 
 def main() -> None:
     folder, endpoint, model, *prompts = sys.argv[1:]
+    warm.begin_if_asked()
     install_autobind(endpoint=endpoint, model=model)
     from vllm import LLM, SamplingParams
 

