@@ -44,3 +44,23 @@ def test_a_limit_of_bandwidth_is_in_bytes_a_second(text: str, bytes_s: float | N
 def test_a_limit_of_bandwidth_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(BadSetting, match="takes bytes a second, at least 1MB, for example 200MB"):
         load_config({"HOTWEIGHTS_BANDWIDTH_MAX": text})
+
+
+def test_settings_of_ucx_are_passed_on_by_its_own_names_and_to_children() -> None:
+    config = load_config({"HOTWEIGHTS_UCX_TLS": "rc,sm", "HOTWEIGHTS_UCX_NET_DEVICES": " mlx5_0:1 "})
+    assert config.ucx == {"TLS": "rc,sm", "NET_DEVICES": "mlx5_0:1"}
+    assert load_config(config.as_environ()).ucx == config.ucx
+    assert load_config({}).ucx == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("HOTWEIGHTS_TRANSPORT", "rdma", "auto, tcp or ucx"),
+        ("HOTWEIGHTS_CONNECTIONS", "9", "from 1 to 8"),
+        ("HOTWEIGHTS_NICE", "20", "from 0 to 19"),
+    ],
+)
+def test_what_an_agent_cannot_take_is_refused_with_what_it_takes(name: str, value: str, wanted: str) -> None:
+    with pytest.raises(BadSetting, match=wanted):
+        load_config({name: value})

@@ -75,7 +75,6 @@ SETTINGS = (
 
 _TRUE = {"1", "true", "yes", "on"}
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9}
-_UCX = {"HOTWEIGHTS_UCX_TLS": "TLS", "HOTWEIGHTS_UCX_NET_DEVICES": "NET_DEVICES"}
 BANDWIDTH_MIN = 1e6  # a bucket of 16 MiB takes 17 s then; sources below a fifth of that are left
 
 
@@ -101,8 +100,8 @@ class Config:
     agent_idle_s: float
     hf_cache: Path
     in_kubernetes: bool
-    ucx: Mapping[str, str] = field(default_factory=dict)
-    """Settings of UCX, by its names without UCX_."""
+    ucx_tls: str = ""
+    ucx_net_devices: str = ""
     agent_allow: str = ""
     policy: str = ""
     name_map: Mapping[str, str] = field(default_factory=dict)
@@ -118,6 +117,12 @@ class Config:
     token_file: Path | None = None
     token: str = field(default="", repr=False)
     insecure_token: bool = False
+
+    @property
+    def ucx(self) -> dict[str, str]:
+        """Settings of UCX that are given, by its names without UCX_."""
+        given = {"TLS": self.ucx_tls, "NET_DEVICES": self.ucx_net_devices}
+        return {name: value for name, value in given.items() if value}
 
     @property
     def access(self) -> "Access":
@@ -147,7 +152,8 @@ class Config:
             "HOTWEIGHTS_NICE": str(self.nice),
             "HOTWEIGHTS_TRANSPORT": self.transport,
             "HOTWEIGHTS_CONNECTIONS": str(self.connections),
-            **{name: self.ucx.get(of_ucx, "") for name, of_ucx in _UCX.items()},
+            "HOTWEIGHTS_UCX_TLS": self.ucx_tls,
+            "HOTWEIGHTS_UCX_NET_DEVICES": self.ucx_net_devices,
             "HOTWEIGHTS_MAX_IMAGES": str(self.max_images),
             "HOTWEIGHTS_AGENT_IDLE_S": str(self.agent_idle_s),
             "HOTWEIGHTS_POLICY": self.policy,
@@ -312,7 +318,8 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         nice=_number(env, "HOTWEIGHTS_NICE", 0, 0, 19),
         transport=_transport(env.get("HOTWEIGHTS_TRANSPORT") or "auto"),
         connections=_number(env, "HOTWEIGHTS_CONNECTIONS", 2, 1, 8),
-        ucx={of_ucx: text for name, of_ucx in _UCX.items() if (text := env.get(name, "").strip())},
+        ucx_tls=env.get("HOTWEIGHTS_UCX_TLS", "").strip(),
+        ucx_net_devices=env.get("HOTWEIGHTS_UCX_NET_DEVICES", "").strip(),
         max_images=_number(env, "HOTWEIGHTS_MAX_IMAGES", 2, 1, 1000),
         agent_idle_s=_seconds(env, "HOTWEIGHTS_AGENT_IDLE_S", 300.0),
         hf_cache=_hf_cache(env),
