@@ -134,18 +134,18 @@ def node_table(nodes: "Iterable[fleet_pb2.Node]") -> "Table":
     from hotweights.cli.output import Table, size
 
     table = Table(
-        "nodes", ("NODE", "ZONE", "CONNECTED", "IMAGES", "STAGE USED", "STAGE FREE", "SERVES AT", "QUARANTINE")
+        "nodes", ("NODE", "CONNECTED", "IMAGES", "STAGE USED", "STAGE FREE", "SERVES AT", "QUARANTINE", "ZONE")
     )
     for node in nodes:
         table.add(
             node.id,
-            node.zone,
             "yes" if node.connected else "no",
             len(node.held_digests),
             size(node.stage_bytes_used),
             size(node.stage_bytes_free),
             node.data_endpoint,
             node.quarantine,
+            node.zone,
         )
     return table
 
