@@ -39,7 +39,7 @@ from hotweights.worker_client.config import load_config
 MBIT = 1000.0
 MIB = 1 << 20
 IMAGE_MIB, IMAGE_MIB_QUICK = 512, 128
-RUNS, RUNS_QUICK = 5, 1
+RUNS, RUNS_QUICK = 3, 1
 SHARES = {"01": 0.001, "1": 0.01, "2": 0.02, "10": 0.1, "100": 1.0}
 TENSORS = 16
 Values = dict[str, np.ndarray]
