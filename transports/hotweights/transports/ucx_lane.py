@@ -21,8 +21,8 @@ SEGMENTS = {"TCP_TX_SEG_SIZE": "256k", "TCP_RX_SEG_SIZE": "256k"}
 RENDEZVOUS = {"RNDV_THRESH": "65536"}
 ABORT_NS = 10**8
 END_S = 1.0
-# By UCX's names of its transports: these need no processor to move bytes.
 _DEVICES = (Path("/sys/class/infiniband"), Path("/sys/class/cxi"))  # EFA is among the first
+# By UCX's names of its transports: these need no processor to move bytes.
 _RDMA = ("rc_", "dc_", "ud_", "cxi", "efa", "gga")
 
 

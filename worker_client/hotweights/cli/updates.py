@@ -154,11 +154,13 @@ def _show_plan(answer: "update_pb2.Plan") -> None:
     waves = Table("waves", ("WAVE", "REPLICAS", "NAMES"))
     for number, wave in enumerate(answer.waves, start=1):
         waves.add(number, len(wave.replica_ids), ", ".join(wave.replica_ids))
-    fetched = sum(node.fetch_bytes - node.unchanged_bytes for node in answer.nodes)
+    fetched = sum(node.fetch_bytes for node in answer.nodes)
+    unchanged = sum(node.unchanged_bytes for node in answer.nodes)
     buckets = sum(node.fetch_buckets for node in answer.nodes)
     print(
         f"{answer.model}: from {answer.base_version or 'unversioned'} to {answer.target_version}: "
         f"{size(fetched)} in {counted(buckets, 'bucket')} to {counted(len(answer.nodes), 'node')}"
+        + (f", of which {size(unchanged)} are there unchanged" if unchanged else "")
     )
     print_tables(nodes, waves)
     for note in answer.notes:
