@@ -362,7 +362,14 @@ def step(image: Image, tmp_path: Path) -> Image:
 
 
 async def fetch_step(
-    step: Image, before: Image, nodes: list[Node], root: Path, *, altered: bool = False, pace: Pace | None = None
+    step: Image,
+    before: Image,
+    nodes: list[Node],
+    root: Path,
+    *,
+    altered: bool = False,
+    pace: Pace | None = None,
+    parallel: int = 8,
 ) -> tuple[Partial, Tally, list[bytes]]:
     """Over deltas to `before`, which is staged here; and the deltas that were right."""
     stage = Stage(root)
@@ -373,7 +380,7 @@ async def fetch_step(
             touch_bytes(root / before.digest.hex() / file.name, offset)
     partial, (base,) = stage.reserve(step.digest, step.blob)[0], stage.base_of(step.manifest)
     tally, right = Tally(), list[bytes]()
-    fetching = Fetch(partial, sources(nodes), connect, no_progress, parallel=8, pace=pace, tally=tally)
+    fetching = Fetch(partial, sources(nodes), connect, no_progress, parallel=parallel, pace=pace, tally=tally)
     fetching.ask_deltas(base, lambda image, base, bucket, delta: right.append(delta))
     await fetching.run()
     base.close()
@@ -408,9 +415,9 @@ async def test_deltas_that_do_not_fit_are_asked_of_that_source_no_more_and_it_is
     for node in nodes:
         node.image, node.bases = step, {image.digest: another}
     nodes[0].bases = {image.digest: next_version(tmp_path / "off", step, (1, 70_000), (2, 70_000))}
-    _, tally, _ = await fetch_step(step, image, nodes, tmp_path / "stage")
+    _, tally, _ = await fetch_step(step, image, nodes, tmp_path / "stage", parallel=1)
     assert not tally.left
-    assert sum(nodes[0].asked.values()) == len(step.manifest.buckets) + 2
+    assert sum(nodes[0].asked.values()) == len(step.manifest.buckets) + 1  # the first of two is asked again, as it is
     assert not nodes[1].asked
 
 
