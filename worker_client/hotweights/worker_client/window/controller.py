@@ -414,6 +414,8 @@ class ReplicaController:
         return result
 
     def _applied(self, order: pb.ApplyImage, result: WindowResult, before: tuple[bytes, ...], went_back: bool) -> None:
+        if order.restore:  # it was never committed, perhaps because it was written wrong here: it is no measure
+            self._known.pop(self.active_digest, None)
         if went_back:
             assert self._kept is not None
             self.active_digest, self._kept = self._kept.digest, None
