@@ -26,6 +26,8 @@ pytestmark = [
 ]
 
 SWAPS = 20
+# Their experts are packed, which vLLM's reload does not do: what a part of a version comes to says a fresh engine.
+PACKED = ("mixtral", "qwen3-moe", "deepseek")
 
 
 def norms(name: str) -> bool:
@@ -88,27 +90,23 @@ def test_versions_are_swapped_bit_for_bit(architecture: str, ranks: int, tmp_pat
         assert engine.found() == after
         engine.call("undo")
         assert engine.found() == before
-        parts = [name for name, chosen in PARTS.items() if check_part(engine, one, two, tmp_path, name, chosen)]
+        made = {name: partial(one, two, tmp_path / name.replace(" ", "-"), chosen) for name, chosen in PARTS.items()}
+        parts = {name: folder for name, folder in made.items() if folder is not None}
+        for name, folder in parts.items():
+            expected = fresh(folder, ranks) if architecture in PACKED else swapped(engine, "reload", folder, one)
+            assert swapped(engine, "auto", folder, one) == expected, name
         assert {"norms", "one layer"} <= set(parts)
         assert engine.found() == before
     finally:
         engine.close()
-    recorded.ended(routes, parts)
+    recorded.ended(routes, list(parts))
 
 
-def check_part(
-    engine: ArchitectureEngine, one: Path, two: Path, folder: Path, name: str, chosen: Callable[[str], bool]
-) -> bool:
-    """A version of which only a part changed, against vLLM's reload of the whole of it. False where there is none."""
-    target = partial(one, two, folder / name.replace(" ", "-"), chosen)
-    if target is None:
-        return False
-    found: list[Any] = []
-    for route in ("reload", "auto"):
-        engine.route(route)
-        engine.prepare(target, one)
-        engine.call("apply", str(target))
-        found.append(engine.found())
-        engine.call("undo")
-    assert found[0] == found[1], name
-    return True
+def swapped(engine: ArchitectureEngine, route: str, folder: Path, base: Path) -> Any:
+    """What is found on the version in `folder`, which was written by that route; then `base` serves again."""
+    engine.route(route)
+    engine.prepare(folder, base)
+    engine.call("apply", str(folder))
+    found = engine.found()
+    engine.call("undo")
+    return found
