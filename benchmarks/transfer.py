@@ -99,6 +99,8 @@ class Memory:
     def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
         return None
 
+    def locate(self, image: bytes, file: int) -> None: ...
+
     async def until_more(self, image: bytes) -> None: ...
 
 

@@ -1,6 +1,7 @@
 """The tcp transport, both sides, over real sockets of this machine: the other side says anything at all."""
 
 import asyncio
+import os
 import socket
 from collections.abc import Coroutine
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from tests.fuzz.kinds import Target
 
 from hotweights.transports import frames
+from hotweights.transports.base import Place
 from hotweights.transports.errors import NotHeld, TransportError
 from hotweights.transports.tcp import TcpTransport
 from hotweights.transports.tcp_server import Limits, Peer, TcpServer
@@ -29,6 +31,9 @@ class _Held:
 
     def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
         return bytes(view[: len(view) // 2])
+
+    def locate(self, image: bytes, file: int) -> Place | None:
+        return Place("/nowhere/at/all", 1, 2)
 
     async def until_more(self, image: bytes) -> None: ...
 
@@ -104,7 +109,7 @@ def _check_answers(data: bytes, answer: bytes) -> None:
     while at + 5 <= len(answer):
         size, kind = int.from_bytes(answer[at : at + 4], "big"), frames.Kind(answer[at + 4])
         body, at = answer[at + 5 : at + 5 + size], at + 5 + size
-        assert kind in (frames.Kind.WELCOME, frames.Kind.DATA, frames.Kind.REFUSED)
+        assert kind in (frames.Kind.WELCOME, frames.Kind.DATA, frames.Kind.REFUSED, frames.Kind.LOCATED)
         if kind is frames.Kind.DATA:
             count = frames.parse_data(kind, body)
             given = answer[at : at + count]
@@ -130,6 +135,8 @@ async def _read_from(data: bytes) -> None:
         try:
             connection = await connecting
             try:
+                place = await connection.locate(IMAGE, 0, deadline_s=DEADLINE_S)
+                assert place is None or os.fsencode(place.path) in data
                 for offset, size in ((0, 16), (5, 9), (0, 1)):
                     into = bytearray(size)
                     try:
@@ -147,9 +154,12 @@ def _reads(*ranges: tuple[int, int], token: bytes = TOKEN) -> bytes:
     return frames.hello(token) + b"".join(frames.read(IMAGE, 0, offset, size) for offset, size in ranges)
 
 
-def _served(*sizes: int) -> bytes:
+def _served(*sizes: int, place: Place | None = None) -> bytes:
+    """Of a source that says where its file is, where a `place` is given."""
     answers = b"".join(frames.data(size) + CONTENT[:size] for size in sizes)
-    return frames.frame(frames.Kind.WELCOME) + answers
+    if place is None:
+        return frames.frame(frames.Kind.WELCOME) + answers
+    return frames.welcome(frames.Can.LOCATE) + frames.located(place) + answers
 
 
 TARGETS = {
@@ -157,6 +167,7 @@ TARGETS = {
         server,
         lambda: [
             *(_reads((0, 16), (100, 900)), _reads((0, 2000)), _reads((0, 1), token=b"bad"), frames.hello(b"x" * 600)),
+            frames.hello(TOKEN) + frames.locate(IMAGE, 0) + frames.locate(b"o" * 32, 9),
             *(b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, frames.frame(frames.Kind.WELCOME)),
         ],
         mutations=600,
@@ -164,6 +175,7 @@ TARGETS = {
     "tcp_client": Target(
         client,
         lambda: [
+            _served(16, 9, 1, place=Place("/somewhere", 1, 2)),
             *(_served(16, 9, 1), _served(16), _served(17), b"", b"\x16\x03\x01\0\xa5\1" * 9),
             frames.refused(frames.Why.BUSY, "full"),
             _served() + frames.refused(frames.Why.NOT_HELD, "é") + frames.refused(frames.Why.TOKEN),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hotweights.transports.base import Server, Transport
+from hotweights.transports.base import Place, Server, Transport
 from hotweights.transports.errors import NotHeld, NotYet
 
 IMAGE = bytes(range(32))
@@ -27,7 +27,7 @@ class Held:
     """A BucketSource of one file. With `gate`, opening waits until a test opens it.
 
     Where `there` is given, so many bytes from the start have come so far: `come` brings more. What is `in_memory` is
-    given without a thread. `deltas`, by base, are of every range.
+    given without a thread. `deltas`, by base, are of every range. `place` is where its readers find the file.
     """
 
     content: bytes
@@ -36,6 +36,7 @@ class Held:
     there: int | None = None
     in_memory: bool = False
     deltas: dict[bytes, bytes] = field(default_factory=dict)
+    place: Place | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def at_hand(self, image: bytes, file: int, offset: int, size: int) -> memoryview | None:
@@ -53,6 +54,9 @@ class Held:
 
     def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
         return self.deltas.get(base)
+
+    def locate(self, image: bytes, file: int) -> Place | None:
+        return self.place
 
     async def until_more(self, image: bytes) -> None:
         await self.news.wait()

@@ -4,17 +4,21 @@ import asyncio
 import hashlib
 import importlib.util
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 from tests.certificates import Authority, contexts
 from tests.transports.sources import IMAGE, MIB, TOKEN, Held, pattern, serving
 
-from hotweights.transports.base import Connection, Server, Transport
+from hotweights.transports.base import Connection, Place, Server, TokenCheck, Transport
 from hotweights.transports.errors import DeadlinePassed, NotHeld, NotYet, PeerGone, TokenRefused
 from hotweights.transports.line import Tls
 from hotweights.transports.memory import MemoryNetwork, MemoryTransport
+from hotweights.transports.shared import SharedTransport
 from hotweights.transports.tcp import TcpTransport
+from hotweights.transports.tcp_server import TcpServer
 from hotweights.transports.ucx import UcxTransport
 from hotweights.transports.ucx_lane import open_lane
 
@@ -32,8 +36,34 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-@pytest_asyncio.fixture(loop_scope="session", params=["memory", "tcp", "tcp over TLS", "ucx"])
-async def transport(request: pytest.FixtureRequest, tls: Tls) -> Transport:
+class InPlace(SharedTransport):
+    """Whatever a source holds whole lies in a folder that its readers see too."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(TcpTransport(), [folder])
+        self._folder = folder
+
+    async def serve(self, source: Any, listen: str, *, check: TokenCheck, advertise: str | None = None) -> TcpServer:
+        if type(source) is Held and source.there is None and source.gate is None:
+            file = self._folder / "held"
+            file.write_bytes(source.content)
+            source.place = Place(str(file), len(source.content), file.stat().st_mtime_ns)
+        return await super().serve(source, listen, check=check, advertise=advertise)
+
+
+@pytest.fixture
+def sent_by_the_source(transport: Transport) -> None:
+    if isinstance(transport, InPlace):
+        pytest.skip("a file in place is read without its source")
+
+
+by_the_source = pytest.mark.usefixtures("sent_by_the_source")
+
+
+@pytest_asyncio.fixture(loop_scope="session", params=["memory", "tcp", "tcp over TLS", "ucx", "file"])
+async def transport(request: pytest.FixtureRequest, tls: Tls, tmp_path: Path) -> Transport:
+    if request.param == "file":
+        return InPlace(tmp_path)
     if request.param == "memory":
         return MemoryTransport(MemoryNetwork())
     if request.param == "ucx":
@@ -92,6 +122,7 @@ async def test_many_readers_at_once_each_get_their_own_bytes(transport: Transpor
         assert all(await asyncio.gather(*(one(n) for n in range(12))))
 
 
+@by_the_source
 async def test_a_source_that_dies_in_the_middle_of_a_bucket_is_reported_as_gone(transport: Transport) -> None:
     source = Held(pattern(64 * MIB))
     async with serving(transport, source) as server:
@@ -108,6 +139,7 @@ async def test_a_source_that_dies_in_the_middle_of_a_bucket_is_reported_as_gone(
             await read(connection, 0, 1)
 
 
+@by_the_source
 async def test_what_was_cut_off_is_resumed_in_the_middle_from_another_source(transport: Transport) -> None:
     whole = pattern(64 * MIB)
     into = bytearray(len(whole))
@@ -260,6 +292,7 @@ async def test_a_token_for_one_image_opens_no_other_and_the_connection_is_over(t
         await another.close()
 
 
+@by_the_source
 async def test_a_token_that_expires_ends_reading_over_the_connection_it_opened(transport: Transport) -> None:
     valid = True
     server = await transport.serve(Held(CONTENT), "127.0.0.1:0", check=lambda token, image: valid)

@@ -165,6 +165,38 @@ async def test_where_ucx_is_asked_for_buckets_go_over_it_and_the_node_says_so(ho
             assert last.wire_bytes == (last.bytes_total if folder is first else 12)
 
 
+async def test_what_lies_in_a_folder_that_nodes_share_is_read_there_and_the_node_says_so(home: Path) -> None:
+    """c shares nothing; b's second version is not where a says any more: it was moved aside and put back as another."""
+    folder, shared = home / "shared", {"HOTWEIGHTS_SHARED": f"/nowhere/at/all:{home / 'shared'}"}
+    first, second = (make_folder(folder / name, tensor_bytes=400_000, seed=seed) for seed, name in enumerate("12"))
+    async with (
+        a_coordinator() as coordinator,
+        agent_of(a_config(home, "a", coordinator.endpoint, **shared)) as source,
+        agent_of(a_config(home, "b", coordinator.endpoint, **shared)) as reader,
+        agent_of(a_config(home, "c", coordinator.endpoint)) as without,
+    ):
+        versions = [await source.publish_folder(path, "m", path.name) for path in (first, second)]
+        await coordinator.hears("a", "b", "c")
+
+        async def way(node: str, at: int) -> str:
+            number = coordinator.stage(node, versions[at].manifest_digest, "a")
+            assert (await coordinator.outcome(node, number)).staged.manifest_digest
+            return [report for report in coordinator.reports[node] if report.number == number][
+                -2
+            ].stage_progress.transport
+
+        assert await way("b", 0) == "file"
+        assert await way("c", 0) == "tcp (no device for RDMA)"
+        for agent in (reader, without):
+            assert contents(await agent.map_image(versions[0].manifest_digest, "replica-0")) == contents(first)
+        was = contents(second)
+        for file in second.iterdir():  # what a tells of them, its stamps, is of before
+            os.utime(file, ns=(0, 1))
+        number = coordinator.stage("b", versions[1].manifest_digest, "a")
+        assert "changed since it was hashed" in (await coordinator.outcome("b", number)).stage_failed.reason
+        assert contents(second) == was
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -11,7 +11,7 @@ from tests.worker_client.stage.checkpoints import BUCKET_BYTES, contents, make_i
 from tests.worker_client.stage.test_base import next_version, stage_whole
 
 from hotweights.transports import base
-from hotweights.transports.base import Connection, Server
+from hotweights.transports.base import Connection, Place, Server
 from hotweights.transports.errors import NotHeld, NotYet, PeerGone
 from hotweights.transports.pace import Pace
 from hotweights.transports.tcp import TcpTransport
@@ -64,6 +64,9 @@ class Node:
         if base not in self.bases:
             return None
         return make_delta(view, BucketReader().read_range(self.bases[base], file, offset, view.nbytes))
+
+    def locate(self, image: bytes, file: int) -> Place | None:
+        return None
 
     async def until_more(self, image: bytes) -> None:
         await self.more.wait()

@@ -19,6 +19,7 @@ What is promised, and proven by tests/transports/test_conformance.py:
 """
 
 import asyncio
+from dataclasses import dataclass
 from typing import Protocol
 
 from hotweights.transports.errors import NotHeld, NotYet
@@ -29,6 +30,15 @@ IMAGE_BYTES = 32
 TOKEN_BYTES_MAX = 512
 # A source lets a reader wait so long for what is on its way: silence for longer is no answer.
 WAIT_S = 1.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file of an image lies in a folder that other nodes see too, and how they know that it is the same."""
+
+    path: str
+    size_bytes: int
+    mtime_ns: int
 
 
 class BucketSource(Protocol):
@@ -49,6 +59,12 @@ class BucketSource(Protocol):
         """What makes `view`, a range of `image` that was just opened, of the same range of the image `base`.
 
         In an encoding between source and reader, and shorter than the range; None where there is no such thing.
+        Called in a thread, as `open`.
+        """
+
+    def locate(self, image: bytes, file: int) -> Place | None:
+        """Where a file of an image is to be found by others themselves; None where that is nowhere.
+
         Called in a thread, as `open`.
         """
 

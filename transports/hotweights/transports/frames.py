@@ -15,6 +15,11 @@ Where both have UCX, the frames stay on this connection and the bytes go beside 
     READ_TAGGED the same as READ_AGAINST, tag -->
                                  <----   DATA_TAGGED size, piece; and over UCX with that tag, piece by piece, the bytes
 
+Where a file lies in a folder that other nodes see too, whoever may read it is told so:
+
+    LOCATE image, file           ---->
+                                 <----   LOCATED size, time of change, path; or nothing; or REFUSED why
+
 The seal is made with the token: UCX ends its process on an address that is none, so it sees only what its holders made.
 
 REFUSED ends the connection, unless it is that a range is not held, or not yet.
@@ -25,11 +30,12 @@ DATA are longer than FRAME_BYTES_MAX, and their number was asked for.
 
 import asyncio
 import hmac
+import os
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
-from hotweights.transports.base import IMAGE_BYTES, RANGE_BYTES_MAX, TOKEN_BYTES_MAX
+from hotweights.transports.base import IMAGE_BYTES, RANGE_BYTES_MAX, TOKEN_BYTES_MAX, Place
 from hotweights.transports.line import Line, NoTls
 
 MAGIC = b"HOTWTS01"
@@ -39,6 +45,7 @@ PIECE_BYTES_MAX = 4 << 20
 # About a millisecond of copying.
 YIELD_BYTES = 4 << 20
 _TEXT_BYTES_MAX = 512
+PATH_BYTES_MAX = 4096
 # How a peer that speaks TLS begins: with an alert, or with its handshake.
 _TLS = (b"\x15\x03", b"\x16\x03")
 
@@ -46,6 +53,7 @@ _PREFIX = struct.Struct("!IB")
 _READ, _READ_AGAINST = struct.Struct("!32sIQQ"), struct.Struct("!32sIQQ32s")
 _READ_TAGGED = struct.Struct("!32sIQQ32sQ")
 _DATA, _DATA_TAGGED = struct.Struct("!Q"), struct.Struct("!QQ")
+_LOCATE, _LOCATED = struct.Struct("!32sI"), struct.Struct("!QQ")
 _NO_BASE = bytes(32)
 _SEAL_BYTES = 32
 
@@ -63,6 +71,8 @@ class Kind(IntEnum):
     JOINED = 8
     READ_TAGGED = 9
     DATA_TAGGED = 10
+    LOCATE = 11
+    LOCATED = 12
 
 
 _KINDS = frozenset(Kind)
@@ -85,6 +95,7 @@ class Can(IntFlag):
 
     DELTAS = 1
     UCX = 2
+    LOCATE = 4
 
 
 class Garbage(Exception):
@@ -119,6 +130,17 @@ class Join:
     sealed: bytes
 
 
+@dataclass(frozen=True)
+class Locate:
+    """A reader that may see the source's files himself asks where one of them is."""
+
+    image: bytes
+    file: int
+
+
+Wish = Read | Join | Locate
+
+
 def frame(kind: Kind, body: bytes = b"") -> bytes:
     """A whole frame."""
     return _PREFIX.pack(len(body), kind) + body
@@ -140,6 +162,17 @@ def read(image: bytes, file: int, offset: int, size: int, base: bytes | None = N
 
 def read_tagged(image: bytes, file: int, offset: int, size: int, base: bytes | None, tag: int) -> bytes:
     return frame(Kind.READ_TAGGED, _READ_TAGGED.pack(image, file, offset, size, base or _NO_BASE, tag))
+
+
+def locate(image: bytes, file: int) -> bytes:
+    return frame(Kind.LOCATE, _LOCATE.pack(image, file))
+
+
+def located(place: Place | None) -> bytes:
+    path = b"" if place is None else os.fsencode(place.path)
+    if place is None or len(path) > PATH_BYTES_MAX:
+        return frame(Kind.LOCATED)
+    return frame(Kind.LOCATED, _LOCATED.pack(place.size_bytes, place.mtime_ns) + path)
 
 
 def join(image: bytes, address: bytes, token: bytes) -> bytes:
@@ -182,8 +215,10 @@ def parse_welcome(kind: Kind, body: bytes) -> Can:
     return Can(body[0] & sum(Can)) if body else Can(0)
 
 
-def parse_wish(kind: Kind, body: bytes) -> Read | Join:
+def parse_wish(kind: Kind, body: bytes) -> Wish:
     """What a reader asks for. Raises Garbage."""
+    if kind is Kind.LOCATE and len(body) == _LOCATE.size:
+        return Locate(*_LOCATE.unpack(body))
     if kind is Kind.JOIN and len(body) > IMAGE_BYTES:
         return Join(body[:IMAGE_BYTES], body[IMAGE_BYTES:])
     form = {Kind.READ: _READ, Kind.READ_AGAINST: _READ_AGAINST, Kind.READ_TAGGED: _READ_TAGGED}.get(kind)
@@ -228,6 +263,16 @@ def parse_data(kind: Kind, body: bytes) -> int:
         raise Garbage("answered a read with something else")
     (size,) = _DATA.unpack(body)
     return int(size)
+
+
+def parse_located(kind: Kind, body: bytes) -> Place | None:
+    """Where the file is; None for nowhere that the source knows of. Raises Garbage."""
+    if kind is not Kind.LOCATED or 0 < len(body) <= _LOCATED.size or b"\0" in body[_LOCATED.size :]:
+        raise Garbage("does not say where a file is")
+    if not body:
+        return None
+    size, mtime_ns = _LOCATED.unpack_from(body)
+    return Place(os.fsdecode(body[_LOCATED.size :]), size, mtime_ns)
 
 
 def parse_refused(body: bytes) -> tuple[Why, str]:

@@ -2,14 +2,21 @@
 
 auto: ucx   where the machine has a device for RDMA, ucxx is installed and uses it, and nothing asks for TLS
       tcp   else; and with sources that have no UCX
+
+Before either, what lies in a folder that both nodes share is read there.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hotweights.transports.base import Transport
 from hotweights.transports.errors import TransportMissing
 from hotweights.transports.line import Tls
 from hotweights.transports.pace import Pace
+
+if TYPE_CHECKING:
+    from hotweights.transports.tcp import TcpTransport
 
 KNOWN = ("memory", "tcp", "ucx")
 # Named in the design, so that asking for one is told apart from a typing error.
@@ -26,21 +33,23 @@ def open_transport(
     pace: Pace | None = None,
     *,
     ucx: Mapping[str, str] | None = None,
+    shared: Sequence[Path] = (),
 ) -> Transport:
     """The transport of that name. Imports only that one. Raises TransportMissing.
 
     `tls` is for tcp: with it everything is over TLS, and nothing in plaintext. `warn` hears of everything that
     strangers do to a server, as a host and a text, and decides what is logged; None logs it all. `pace` limits what its
-    servers send. `ucx` are settings of UCX by its own names, without UCX_.
+    servers send. `ucx` are settings of UCX by its own names, without UCX_. What sources have below the folders `shared`
+    is read in place.
     """
     if name == "memory":
         from hotweights.transports.memory import MemoryTransport
 
         return MemoryTransport()
     if name == "tcp":
-        return _tcp(tls, warn, pace, "")
+        return _sharing(_tcp(tls, warn, pace, ""), shared)
     if name == "ucx":
-        return _ucx(warn, pace, ucx or {}, fall_back=False)
+        return _sharing(_ucx(warn, pace, ucx or {}, fall_back=False), shared)
     reason = "is not in this version" if name in PLANNED else ""
     raise TransportMissing(name, known=KNOWN, reason=reason)
 
@@ -51,8 +60,13 @@ def choose_transport(
     pace: Pace | None = None,
     *,
     ucx: Mapping[str, str] | None = None,
+    shared: Sequence[Path] = (),
 ) -> Transport:
-    """What `auto` means here; see above."""
+    """What `auto` means here; see above. The arguments are those of open_transport."""
+    return _sharing(_choose(tls, warn, pace, ucx or {}), shared)
+
+
+def _choose(tls: Tls | None, warn: Hears | None, pace: Pace | None, ucx: Mapping[str, str]) -> "TcpTransport":
     from hotweights.transports.ucx_lane import has_rdma, open_lane
 
     if tls is not None:
@@ -60,22 +74,30 @@ def choose_transport(
     if not has_rdma():
         return _tcp(None, warn, pace, "no device for RDMA")
     try:
-        lane = open_lane(ucx or {})
+        lane = open_lane(ucx)
     except TransportMissing as missing:
         return _tcp(None, warn, pace, missing.reason)
     if not lane.finds_rdma():
         return _tcp(None, warn, pace, "UCX uses no device for RDMA")
-    return _ucx(warn, pace, ucx or {}, fall_back=True)
+    return _ucx(warn, pace, ucx, fall_back=True)
 
 
-def _tcp(tls: Tls | None, warn: Hears | None, pace: Pace | None, why: str) -> Transport:
+def _sharing(transport: "TcpTransport", roots: Sequence[Path]) -> Transport:
+    if not roots:
+        return transport
+    from hotweights.transports.shared import SharedTransport
+
+    return SharedTransport(transport, roots)
+
+
+def _tcp(tls: Tls | None, warn: Hears | None, pace: Pace | None, why: str) -> "TcpTransport":
     from hotweights.transports.tcp import TcpTransport
     from hotweights.transports.tcp_server import log_all
 
     return TcpTransport(tls=tls, warn=warn or log_all, pace=pace, why=why)
 
 
-def _ucx(warn: Hears | None, pace: Pace | None, settings: Mapping[str, str], *, fall_back: bool) -> Transport:
+def _ucx(warn: Hears | None, pace: Pace | None, settings: Mapping[str, str], *, fall_back: bool) -> "TcpTransport":
     from hotweights.transports.tcp_server import log_all
     from hotweights.transports.ucx import UcxTransport
     from hotweights.transports.ucx_lane import open_lane

@@ -6,15 +6,19 @@ a token; see frames.py for the rest.
 
 import asyncio
 import socket
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from hotweights.transports import frames
 from hotweights.transports.address import format_address, parse_address
-from hotweights.transports.base import BucketSource, TokenCheck, check_range, check_token
+from hotweights.transports.base import BucketSource, Place, TokenCheck, check_range, check_token
 from hotweights.transports.errors import DeadlinePassed, NotHeld, NotYet, PeerGone, TlsFailed, TokenRefused
 from hotweights.transports.line import Line, NoTls, PlainLine, Tls, TlsLine
 from hotweights.transports.pace import Pace
 from hotweights.transports.tcp_server import Limits, TcpServer, Warn, log_all
 from hotweights.transports.ucx_lane import Lane
+
+T = TypeVar("T")
 
 LISTEN = "127.0.0.1:0"
 BACKLOG = 128
@@ -44,14 +48,19 @@ class TcpConnection:
             raise DeadlinePassed(self._address, "reading", deadline_s) from None
 
     async def _read(self, image: bytes, file: int, offset: int, into: memoryview, base: bytes | None) -> int:
+        wish = frames.Read(image, file, offset, len(into), base)
+        return await self._in_turn(lambda: self._ask(wish, into))
+
+    async def _in_turn(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """One question and its answer, after those before it."""
         async with self._turn:
             if self._closed:
                 raise PeerGone(self._address, "the connection is closed")
             whole = False
             try:
-                size = await self._ask(frames.Read(image, file, offset, len(into), base), into)
+                answer = await ask()
                 whole = True
-                return size
+                return answer
             except (NotHeld, NotYet):
                 whole = True
                 raise
@@ -63,6 +72,20 @@ class TcpConnection:
                 # Between two frames no longer, for whatever reason: nothing read later would be right.
                 if not whole or self._closed:
                     self._drop()
+
+    async def locate(self, image: bytes, file: int, *, deadline_s: float) -> Place | None:
+        """Where the source says that others find a file themselves. Raises TransportError."""
+        if frames.Can.LOCATE not in self._can:
+            return None
+        wish = frames.Locate(image, file)
+        try:
+            return await asyncio.wait_for(self._in_turn(lambda: self._ask_place(wish)), deadline_s)
+        except asyncio.TimeoutError:
+            raise DeadlinePassed(self._address, "asking where a file is", deadline_s) from None
+
+    async def _ask_place(self, wish: frames.Locate) -> Place | None:
+        await self._line.send(frames.locate(wish.image, wish.file))
+        return frames.parse_located(*await self._answer(frames.Read(wish.image, wish.file, 0, 0)))
 
     async def _ask(self, wish: frames.Read, into: memoryview) -> int:
         """One read, and its answer: how many bytes came. Raises TransportError, Garbage, Ended, OSError, NoTls."""

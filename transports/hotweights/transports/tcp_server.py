@@ -92,7 +92,9 @@ class TcpServer:
         self._warn = warn
         self._pace = pace or Pace()
         self._lane = lane
-        self._can = frames.Can.DELTAS if lane is None else frames.Can.DELTAS | frames.Can.UCX
+        self._can = frames.Can.DELTAS | frames.Can.LOCATE
+        if lane is not None:
+            self._can |= frames.Can.UCX
         self._connections: dict[asyncio.Task[None], Peer] = {}  # oldest first
         self._closing = False
         self._accepting = asyncio.create_task(self._accept(), name=f"accept {address}")
@@ -188,6 +190,9 @@ class TcpServer:
                         return
                     if isinstance(wish, frames.Join):
                         await self._join(peer, line, wish, token)
+                    elif isinstance(wish, frames.Locate):
+                        place = await asyncio.to_thread(self._source.locate, wish.image, wish.file)
+                        await self._send(line, memoryview(frames.located(place)))
                     else:
                         await self._serve_read(peer, line, wish)
             except (frames.Garbage, NoTls) as garbage:
@@ -209,7 +214,7 @@ class TcpServer:
         kind, body = await frames.receive_frame(line)
         return line, frames.parse_hello(kind, body)
 
-    def _refusal(self, peer: Peer, token: bytes, wish: frames.Read | frames.Join) -> frames.Why | None:
+    def _refusal(self, peer: Peer, token: bytes, wish: frames.Wish) -> frames.Why | None:
         """Why the connection ends instead of the read. None makes a reader of a stranger."""
         if not self._check(token, wish.image):
             return frames.Why.TOKEN

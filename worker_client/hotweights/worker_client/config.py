@@ -58,6 +58,7 @@ SETTINGS = (
     Setting("HOTWEIGHTS_BANDWIDTH_MAX", "", "bytes a second that an agent sends, and that it fetches: 200MB"),
     Setting("HOTWEIGHTS_NICE", "0", "how far the agent gives way to what serves, 0 to 19: see nice(1)"),
     Setting("HOTWEIGHTS_TRANSPORT", "auto", "auto, tcp or ucx: how buckets go between nodes"),
+    Setting("HOTWEIGHTS_SHARED", "", "folders that all nodes see at the same path, by colons: read in place"),
     Setting("HOTWEIGHTS_CONNECTIONS", "2", "buckets of an image on their way to a node at once; 1 to 8"),
     Setting("HOTWEIGHTS_UCX_TLS", "", "UCX_TLS of the agent: the transports that UCX may take"),
     Setting("HOTWEIGHTS_UCX_NET_DEVICES", "", "UCX_NET_DEVICES of the agent: mlx5_0:1"),
@@ -102,6 +103,7 @@ class Config:
     in_kubernetes: bool
     ucx_tls: str = ""
     ucx_net_devices: str = ""
+    shared: tuple[Path, ...] = ()
     agent_allow: str = ""
     policy: str = ""
     name_map: Mapping[str, str] = field(default_factory=dict)
@@ -151,6 +153,7 @@ class Config:
             "HOTWEIGHTS_BANDWIDTH_MAX": "" if self.bandwidth_max is None else f"{self.bandwidth_max:.0f}B",
             "HOTWEIGHTS_NICE": str(self.nice),
             "HOTWEIGHTS_TRANSPORT": self.transport,
+            "HOTWEIGHTS_SHARED": os.pathsep.join(map(str, self.shared)),
             "HOTWEIGHTS_CONNECTIONS": str(self.connections),
             "HOTWEIGHTS_UCX_TLS": self.ucx_tls,
             "HOTWEIGHTS_UCX_NET_DEVICES": self.ucx_net_devices,
@@ -243,6 +246,14 @@ def _transport(text: str) -> str:
     return text
 
 
+def _shared(text: str) -> tuple[Path, ...]:
+    folders = tuple(Path(part.strip()) for part in text.split(os.pathsep) if part.strip())
+    for folder in folders:
+        if not folder.is_absolute() or folder == Path("/"):
+            raise BadSetting("HOTWEIGHTS_SHARED", text, "takes absolute paths of folders, and not / itself")
+    return folders
+
+
 def _route(text: str) -> str:
     if text not in ("auto", "direct", "assembled", "reload"):
         raise BadSetting("HOTWEIGHTS_ROUTE", text, "takes auto, direct, assembled or reload")
@@ -320,6 +331,7 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         connections=_number(env, "HOTWEIGHTS_CONNECTIONS", 2, 1, 8),
         ucx_tls=env.get("HOTWEIGHTS_UCX_TLS", "").strip(),
         ucx_net_devices=env.get("HOTWEIGHTS_UCX_NET_DEVICES", "").strip(),
+        shared=_shared(env.get("HOTWEIGHTS_SHARED", "")),
         max_images=_number(env, "HOTWEIGHTS_MAX_IMAGES", 2, 1, 1000),
         agent_idle_s=_seconds(env, "HOTWEIGHTS_AGENT_IDLE_S", 300.0),
         hf_cache=_hf_cache(env),

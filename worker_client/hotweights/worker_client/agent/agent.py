@@ -51,6 +51,7 @@ class Agent:
             bandwidth_max=config.bandwidth_max,
             transport=config.transport,
             ucx=config.ucx,
+            shared=config.shared,
         )
         self.images = Images(
             stage,

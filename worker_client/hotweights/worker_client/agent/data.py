@@ -2,6 +2,7 @@
 
 another agent --token, range--> tcp server --> staged image (mapped), what is verified of one that comes,
                                                else a folder (read, its stamps checked)
+                                               or where that folder is, if the other sees it too
 
 Where this node has a certificate, both ways are over TLS (tcps://) and nothing of either is in plaintext.
 """
@@ -13,14 +14,16 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from hotweights.transports.address import parse_address
-from hotweights.transports.base import Connection, Server, Transport
+from hotweights.transports.base import Connection, Place, Server, Transport
 from hotweights.transports.errors import NotHeld, NotYet, PeerGone, TlsFailed, TransportMissing
 from hotweights.transports.line import Tls
 from hotweights.transports.pace import Pace
 from hotweights.transports.registry import choose_transport, open_transport
+from hotweights.transports.shared import is_below
 from hotweights.v1 import manifest_pb2
 from hotweights.v1.worker_service_pb2 import Source
 from hotweights.wire.allowance import Allowance, Rate
@@ -29,7 +32,7 @@ from hotweights.wire.tokens import KEY_BYTES, BadToken, check_token
 from hotweights.worker_client.agent.deltas import Deltas
 from hotweights.worker_client.agent.folders import Folders
 from hotweights.worker_client.image.delta import make_delta
-from hotweights.worker_client.image.errors import FolderChanged
+from hotweights.worker_client.image.errors import BadImage, FolderChanged
 from hotweights.worker_client.image.reader import BucketReader
 from hotweights.worker_client.stage.partial import Partial
 from hotweights.worker_client.stage.stage import Stage
@@ -56,15 +59,19 @@ class DataPort:
         bandwidth_max: float | None = None,
         transport: str = "auto",
         ucx: Mapping[str, str] | None = None,
+        shared: Sequence[Path] = (),
     ) -> None:
-        """`bandwidth_max` is in bytes a second, for what is sent. `transport` is one of registry.CHOICES."""
+        """`bandwidth_max` is in bytes a second, for what is sent. `transport` is one of registry.CHOICES.
+
+        What lies below the folders `shared` others may read in place, as this node reads theirs.
+        """
         self.token_key = secrets.token_bytes(KEY_BYTES)
         self.endpoint = ""
         self.served_at = time.monotonic()
         self._node = node
         self._tls = tls
         self._pace = Pace(bandwidth_max)
-        self._wanted, self._ucx = transport, ucx or {}
+        self._wanted, self._ucx, self._shared = transport, ucx or {}, shared
         self._transport: Transport | None = None
         self._stage = stage
         self._folders = folders
@@ -121,7 +128,7 @@ class DataPort:
             tls = self._tls_to(name, address)
             transport = self._transport if name == TRANSPORT and self._tls is None else None
             if transport is None:
-                transport = open_transport(TRANSPORT, tls)
+                transport = open_transport(TRANSPORT, tls, shared=self._shared)
             return await transport.connect(address, token=source.token, deadline_s=CONNECT_DEADLINE_S)
         except ValueError as error:  # an address or a token that is none
             raise PeerGone(source.data_endpoint, str(error)) from error
@@ -129,14 +136,14 @@ class DataPort:
     def _open_transport(self) -> Transport:
         """Raises ValueError where what was asked for cannot be."""
         if self._wanted == "auto":
-            return choose_transport(self._tls, self._warn, self._pace, ucx=self._ucx)
+            return choose_transport(self._tls, self._warn, self._pace, ucx=self._ucx, shared=self._shared)
         if self._wanted == "ucx" and self._tls is not None:
             raise ValueError(
                 "HOTWEIGHTS_TRANSPORT=ucx sends buckets in plaintext, and this node has a certificate "
                 "(HOTWEIGHTS_CERT): take tcp, which goes over TLS, or leave the certificate out"
             )
         try:
-            return open_transport(self._wanted, self._tls, self._warn, self._pace, ucx=self._ucx)
+            return open_transport(self._wanted, self._tls, self._warn, self._pace, ucx=self._ucx, shared=self._shared)
         except TransportMissing as missing:
             raise ValueError(f"HOTWEIGHTS_TRANSPORT={self._wanted}: {missing}") from missing
 
@@ -192,6 +199,18 @@ class DataPort:
         if made is not None:
             self._deltas.put(key, made)
         return made
+
+    def locate(self, image: bytes, file: int) -> Place | None:
+        """See BucketSource. In a thread."""
+        known = self._folders.peek(image) if self._shared else None
+        if known is None or file >= len(known.image.stamps):
+            return None
+        try:
+            path = str(known.image.path(file))
+        except BadImage:  # it is gone: who reads from us is told so
+            return None
+        stamp = known.image.stamps[file]
+        return Place(path, stamp.size_bytes, stamp.mtime_ns) if is_below(path, self._shared) else None
 
     def received(self, image: bytes, base: bytes, bucket: manifest_pb2.Bucket, delta: bytes) -> None:
         """A delta that was right is given on: readers of this node have mostly the same base."""
