@@ -17,7 +17,7 @@ _COMMON: dict[str, Any] = {
 }
 _LATENT = {
     **{"num_key_value_heads": 4, "moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2},
-    **{"n_shared_experts": 1, "kv_lora_rank": 32, "q_lora_rank": None, "qk_rope_head_dim": 16},
+    **{"n_shared_experts": 1, "kv_lora_rank": 512, "q_lora_rank": None, "qk_rope_head_dim": 64},
     **{"qk_nope_head_dim": 32, "v_head_dim": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
 }
 _EXPERTS = {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -25,7 +25,7 @@ _EXPERTS = {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_int
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # experts
     "qwen3-moe": ("Qwen3Moe", _EXPERTS),
-    "deepseek": ("DeepseekV2", _LATENT),  # latent attention
+    "deepseek": ("DeepseekV2", _LATENT),  # latent attention, of the one size that the CPU has a kernel for
     "llama": ("Llama", {}),  # q, k and v, gate and up are fused
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "qwen2": ("Qwen2", {}),  # biases

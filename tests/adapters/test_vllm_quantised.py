@@ -34,20 +34,23 @@ def kind(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.capability("processed layers")
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.matrix)], ids=["alone", "tensor parallel 2"])
 def test_what_is_processed_is_swapped_undone_and_fails_as_a_whole(
-    kind: str, tmp_path: Path, recorded: Recorded
+    kind: str, ranks: int, tmp_path: Path, recorded: Recorded
 ) -> None:
     make: Make = make_int4_model if kind == "int4" else mixtral
     one, two = (make(tmp_path / f"v{seed}", seed) for seed in (1, 2))
-    after = fresh(two, 1)
-    engine = ArchitectureEngine(one, 1)
-    recorded.begin("class" if engine.is_mute else "engine", "int4" if kind == "int4" else "mixtral", 1)
+    after = fresh(two, ranks)
+    engine = ArchitectureEngine(one, ranks)
+    if kind == "int4":
+        recorded.begin("class" if engine.is_mute else "engine", kind, ranks)
     try:
         before = engine.found()
         assert before["fingerprints"] != after["fingerprints"]
         assert engine.is_mute or before["answers"] != after["answers"]
         routes = engine.prepare(two, one)
-        check_routes(kind, routes[0])
+        for route in routes:
+            check_routes(kind, route)
         for _ in range(2):
             engine.call("apply", str(two))
             assert engine.found() == after
@@ -55,9 +58,9 @@ def test_what_is_processed_is_swapped_undone_and_fails_as_a_whole(
             assert engine.found() == before
         for place in ("apply.tensor=0", "apply.tensor=5", "apply.end"):
             engine.live.inject(f"{place}:raise")
-            (failed,) = engine.live.rpc_all("apply", str(two))
+            failed = engine.live.rpc_all("apply", str(two))
             engine.live.inject("")
-            assert "Injected" in failed["reason"], place
+            assert all("Injected" in answer["reason"] for answer in failed), place
             engine.call("undo")
             assert engine.found() == before, place
         engine.call("apply", str(two))
