@@ -168,6 +168,7 @@ TARGETS = {
         lambda: [
             *(_reads((0, 16), (100, 900)), _reads((0, 2000)), _reads((0, 1), token=b"bad"), frames.hello(b"x" * 600)),
             frames.hello(TOKEN) + frames.locate(IMAGE, 0) + frames.locate(b"o" * 32, 9),
+            frames.hello(TOKEN) + frames.read_cast(b"j" * 16, IMAGE, 0, 0, 16) + frames.read(IMAGE, 0, 0, 9),
             *(b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, frames.frame(frames.Kind.WELCOME)),
         ],
         mutations=600,

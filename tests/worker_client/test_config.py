@@ -56,7 +56,7 @@ def test_settings_of_ucx_are_passed_on_by_its_own_names_and_to_children() -> Non
 @pytest.mark.parametrize(
     ("name", "value", "wanted"),
     [
-        ("HOTWEIGHTS_TRANSPORT", "rdma", "auto, tcp or ucx"),
+        ("HOTWEIGHTS_TRANSPORT", "rdma", "auto, tcp, ucx or mpi"),
         ("HOTWEIGHTS_CONNECTIONS", "9", "from 1 to 8"),
         ("HOTWEIGHTS_NICE", "20", "from 0 to 19"),
     ],

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -198,22 +199,22 @@ async def test_what_lies_in_a_folder_that_nodes_share_is_read_there_and_the_node
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("transport", "certified", "said"),
     [
-        ({"HOTWEIGHTS_CERT": "cert", "HOTWEIGHTS_KEY": "key"}, "sends buckets in plaintext"),
-        ({}, r"needs ucxx.*install hotweights\[ucx\]"),
+        ("ucx", True, "sends buckets in plaintext"),
+        ("ucx", False, r"needs ucxx.*install hotweights\[ucx\]"),
+        ("mpi", True, "sends buckets in plaintext"),
+        ("mpi", False, r"needs mpi4py.*install hotweights\[mpi\]"),
     ],
-    ids=["with a certificate", "without the library"],
 )
-async def test_where_ucx_cannot_be_the_agent_does_not_start_and_says_what_to_do(
-    home: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], said: str
+async def test_where_a_transport_cannot_be_the_agent_does_not_start_and_says_what_to_do(
+    home: Path, monkeypatch: pytest.MonkeyPatch, transport: str, certified: bool, said: str
 ) -> None:
-    authority = Authority(home)
-    if settings:
-        settings = authority.issue("a").environment
+    settings = Authority(home).issue("a").environment if certified else {}
     monkeypatch.setattr(ucx_lane, "_lane", None)
     monkeypatch.setattr(ucx_lane, "MODULES", ("no_such_module",))
-    config = a_config(home, "a", HOTWEIGHTS_TRANSPORT="ucx", **settings)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    config = a_config(home, "a", HOTWEIGHTS_TRANSPORT=transport, **settings)
     with pytest.raises(ValueError, match=said):
         await asyncio.wait_for(serve_agent(config, started_by_client=False, stop=asyncio.Event()), 20)
 

@@ -20,6 +20,11 @@ Where a file lies in a folder that other nodes see too, whoever may read it is t
     LOCATE image, file           ---->
                                  <----   LOCATED size, time of change, path; or nothing; or REFUSED why
 
+Where both are ranks of one MPI job, a bucket goes to all of its ranks at once:
+
+    READ_CAST job, image, file, offset, size -->
+                                 <----   CAST in which broadcast it went, or goes; or as for READ
+
 The seal is made with the token: UCX ends its process on an address that is none, so it sees only what its holders made.
 
 REFUSED ends the connection, unless it is that a range is not held, or not yet.
@@ -40,6 +45,7 @@ from hotweights.transports.line import Line, NoTls
 
 MAGIC = b"HOTWTS01"
 FRAME_BYTES_MAX = 8192
+JOB_BYTES = 16
 # What a reader keeps memory for.
 PIECE_BYTES_MAX = 4 << 20
 # About a millisecond of copying.
@@ -53,6 +59,7 @@ _PREFIX = struct.Struct("!IB")
 _READ, _READ_AGAINST = struct.Struct("!32sIQQ"), struct.Struct("!32sIQQ32s")
 _READ_TAGGED = struct.Struct("!32sIQQ32sQ")
 _DATA, _DATA_TAGGED = struct.Struct("!Q"), struct.Struct("!QQ")
+_READ_CAST, _CAST = struct.Struct(f"!{JOB_BYTES}s32sIQQ"), struct.Struct("!Q")
 _LOCATE, _LOCATED = struct.Struct("!32sI"), struct.Struct("!QQ")
 _NO_BASE = bytes(32)
 _SEAL_BYTES = 32
@@ -73,6 +80,8 @@ class Kind(IntEnum):
     DATA_TAGGED = 10
     LOCATE = 11
     LOCATED = 12
+    READ_CAST = 13
+    CAST = 14
 
 
 _KINDS = frozenset(Kind)
@@ -96,6 +105,7 @@ class Can(IntFlag):
     DELTAS = 1
     UCX = 2
     LOCATE = 4
+    CAST = 8
 
 
 class Garbage(Exception):
@@ -120,6 +130,7 @@ class Read:
     size: int
     base: bytes | None = None
     tag: int | None = None
+    job: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +173,14 @@ def read(image: bytes, file: int, offset: int, size: int, base: bytes | None = N
 
 def read_tagged(image: bytes, file: int, offset: int, size: int, base: bytes | None, tag: int) -> bytes:
     return frame(Kind.READ_TAGGED, _READ_TAGGED.pack(image, file, offset, size, base or _NO_BASE, tag))
+
+
+def read_cast(job: bytes, image: bytes, file: int, offset: int, size: int) -> bytes:
+    return frame(Kind.READ_CAST, _READ_CAST.pack(job, image, file, offset, size))
+
+
+def cast(number: int) -> bytes:
+    return frame(Kind.CAST, _CAST.pack(number))
 
 
 def locate(image: bytes, file: int) -> bytes:
@@ -221,12 +240,18 @@ def parse_wish(kind: Kind, body: bytes) -> Wish:
         return Locate(*_LOCATE.unpack(body))
     if kind is Kind.JOIN and len(body) > IMAGE_BYTES:
         return Join(body[:IMAGE_BYTES], body[IMAGE_BYTES:])
+    if kind is Kind.READ_CAST and len(body) == _READ_CAST.size:
+        job, image, file, offset, size = _READ_CAST.unpack(body)
+        return _checked(Read(image, file, offset, size, job=job))
     form = {Kind.READ: _READ, Kind.READ_AGAINST: _READ_AGAINST, Kind.READ_TAGGED: _READ_TAGGED}.get(kind)
     if form is None or len(body) != form.size:
         raise Garbage("sent something else than a read")
     image, file, offset, size, *more = form.unpack(body)
     base, tag = [*more, None, None][:2]
-    wish = Read(image, file, offset, size, None if base == _NO_BASE else base, tag)
+    return _checked(Read(image, file, offset, size, None if base == _NO_BASE else base, tag))
+
+
+def _checked(wish: Read) -> Read:
     if not 0 < wish.size <= RANGE_BYTES_MAX:
         raise Garbage(f"asks for {wish.size} bytes at once")
     return wish
@@ -263,6 +288,14 @@ def parse_data(kind: Kind, body: bytes) -> int:
         raise Garbage("answered a read with something else")
     (size,) = _DATA.unpack(body)
     return int(size)
+
+
+def parse_cast(kind: Kind, body: bytes) -> int:
+    """In which broadcast a bucket went. Raises Garbage."""
+    if kind is not Kind.CAST or len(body) != _CAST.size:
+        raise Garbage("does not say in which broadcast a bucket went")
+    (number,) = _CAST.unpack(body)
+    return int(number)
 
 
 def parse_located(kind: Kind, body: bytes) -> Place | None:

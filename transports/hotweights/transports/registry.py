@@ -3,7 +3,7 @@
 auto: ucx   where the machine has a device for RDMA, ucxx is installed and uses it, and nothing asks for TLS
       tcp   else; and with sources that have no UCX
 
-Before either, what lies in a folder that both nodes share is read there.
+Before either, what lies in a folder that both nodes share is read there. mpi is never chosen: it is asked for.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +18,11 @@ from hotweights.transports.pace import Pace
 if TYPE_CHECKING:
     from hotweights.transports.tcp import TcpTransport
 
-KNOWN = ("memory", "tcp", "ucx")
+KNOWN = ("memory", "tcp", "ucx", "mpi")
 # Named in the design, so that asking for one is told apart from a typing error.
-PLANNED = ("cuda_ipc", "mpi")
+PLANNED = ("cuda_ipc",)
 # What a node may be told to use between nodes.
-CHOICES = ("auto", "tcp", "ucx")
+CHOICES = ("auto", "tcp", "ucx", "mpi")
 Hears = Callable[[str, str], None]
 
 
@@ -40,7 +40,7 @@ def open_transport(
     `tls` is for tcp: with it everything is over TLS, and nothing in plaintext. `warn` hears of everything that
     strangers do to a server, as a host and a text, and decides what is logged; None logs it all. `pace` limits what its
     servers send. `ucx` are settings of UCX by its own names, without UCX_. What sources have below the folders `shared`
-    is read in place.
+    is read in place. That of mpi waits for the other ranks of its job: not on an event loop.
     """
     if name == "memory":
         from hotweights.transports.memory import MemoryTransport
@@ -50,6 +50,8 @@ def open_transport(
         return _sharing(_tcp(tls, warn, pace, ""), shared)
     if name == "ucx":
         return _sharing(_ucx(warn, pace, ucx or {}, fall_back=False), shared)
+    if name == "mpi":
+        return _sharing(_mpi(warn, pace), shared)
     reason = "is not in this version" if name in PLANNED else ""
     raise TransportMissing(name, known=KNOWN, reason=reason)
 
@@ -103,3 +105,11 @@ def _ucx(warn: Hears | None, pace: Pace | None, settings: Mapping[str, str], *, 
     from hotweights.transports.ucx_lane import open_lane
 
     return UcxTransport(open_lane(settings), warn=warn or log_all, pace=pace, fall_back=fall_back)
+
+
+def _mpi(warn: Hears | None, pace: Pace | None) -> "TcpTransport":
+    from hotweights.transports.mpi import MpiTransport
+    from hotweights.transports.mpi_lane import open_lane
+    from hotweights.transports.tcp_server import log_all
+
+    return MpiTransport(open_lane(), warn=warn or log_all, pace=pace)

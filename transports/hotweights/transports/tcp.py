@@ -14,6 +14,7 @@ from hotweights.transports.address import format_address, parse_address
 from hotweights.transports.base import BucketSource, Place, TokenCheck, check_range, check_token
 from hotweights.transports.errors import DeadlinePassed, NotHeld, NotYet, PeerGone, TlsFailed, TokenRefused
 from hotweights.transports.line import Line, NoTls, PlainLine, Tls, TlsLine
+from hotweights.transports.mpi_lane import MpiLane
 from hotweights.transports.pace import Pace
 from hotweights.transports.tcp_server import Limits, TcpServer, Warn, log_all
 from hotweights.transports.ucx_lane import Lane
@@ -162,6 +163,7 @@ class TcpTransport:
         self._pace = pace
         self._way = self.name + (" over TLS" if tls else "") + (f" ({why})" if why else "")
         self._lane: Lane | None = None
+        self._mpi: MpiLane | None = None
 
     async def serve(
         self, source: BucketSource, listen: str = LISTEN, *, check: TokenCheck, advertise: str | None = None
@@ -182,7 +184,9 @@ class TcpTransport:
         except BaseException:
             listener.close()
             raise
-        return TcpServer(listener, address, source, check, self._limits, self._tls, self._warn, self._pace, self._lane)
+        return TcpServer(
+            *(listener, address, source, check, self._limits, self._tls, self._warn, self._pace, self._lane, self._mpi)
+        )
 
     async def connect(self, address: str, *, token: bytes, deadline_s: float) -> TcpConnection:
         check_token(token)

@@ -19,6 +19,7 @@ from hotweights.transports import frames
 from hotweights.transports.base import BucketSource, TokenCheck, open_shortest
 from hotweights.transports.errors import NotHeld, NotYet
 from hotweights.transports.line import Line, NoTls, PlainLine, Tls, TlsLine
+from hotweights.transports.mpi_lane import MpiLane, MpiOver
 from hotweights.transports.pace import Pace
 from hotweights.transports.ucx_lane import Endpoint, Lane
 
@@ -81,8 +82,9 @@ class TcpServer:
         warn: Warn = log_all,
         pace: Pace | None = None,
         lane: Lane | None = None,
+        mpi: MpiLane | None = None,
     ) -> None:
-        """Readers that have UCX get their bytes over `lane`, where there is one."""
+        """Readers that have UCX get their bytes over `lane`, where there is one; those of the same MPI job by `mpi`."""
         self.address = address
         self._listener = listener
         self._source = source
@@ -95,6 +97,9 @@ class TcpServer:
         self._can = frames.Can.DELTAS | frames.Can.LOCATE
         if lane is not None:
             self._can |= frames.Can.UCX
+        self._mpi = mpi
+        if mpi is not None:
+            self._can |= frames.Can.CAST
         self._connections: dict[asyncio.Task[None], Peer] = {}  # oldest first
         self._closing = False
         self._accepting = asyncio.create_task(self._accept(), name=f"accept {address}")
@@ -242,6 +247,9 @@ class TcpServer:
         except NotYet as problem:
             await self._send(line, memoryview(frames.refused(frames.Why.NOT_YET, str(problem.held_bytes))))
             return
+        if wish.job is not None and (number := await self._cast(wish, view)) is not None:
+            await self._send(line, memoryview(frames.cast(number)))
+            return
         piece = min(SEND_BYTES, self._pace.piece_bytes or SEND_BYTES)
         if wish.tag is not None and peer.lane is not None:
             await self._send(line, memoryview(frames.data_tagged(len(view), piece)))
@@ -256,6 +264,18 @@ class TcpServer:
                 with view[at : at + piece] as part:
                     await self._pace.take(len(part))
                     await self._send(line, part)
+
+    async def _cast(self, wish: frames.Read, view: memoryview) -> int | None:
+        """In which broadcast a bucket went to the whole job; None where that is not the reader's, or hangs."""
+        if self._mpi is None or self._mpi.job != wish.job:
+            return None
+        bucket = (wish.image, wish.file, wish.offset, wish.size)
+        if self._mpi.number(bucket) is None:
+            await self._pace.take(len(view))
+        try:
+            return await self._mpi.cast(bucket, view[:])  # MPI may hold it longer than we wait
+        except MpiOver:
+            return None
 
     async def _send(self, line: Line, part: memoryview) -> None:
         await _within(self._limits.stall_s, line.send(part))

@@ -57,7 +57,7 @@ SETTINGS = (
     Setting("HOTWEIGHTS_BUCKET_BYTES", "by the image", "size of a bucket; 64 KiB to 1 GiB"),
     Setting("HOTWEIGHTS_BANDWIDTH_MAX", "", "bytes a second that an agent sends, and that it fetches: 200MB"),
     Setting("HOTWEIGHTS_NICE", "0", "how far the agent gives way to what serves, 0 to 19: see nice(1)"),
-    Setting("HOTWEIGHTS_TRANSPORT", "auto", "auto, tcp or ucx: how buckets go between nodes"),
+    Setting("HOTWEIGHTS_TRANSPORT", "auto", "auto, tcp, ucx or mpi: how buckets go between nodes"),
     Setting("HOTWEIGHTS_SHARED", "", "folders that all nodes see at the same path, by colons: read in place"),
     Setting("HOTWEIGHTS_CONNECTIONS", "2", "buckets of an image on their way to a node at once; 1 to 8"),
     Setting("HOTWEIGHTS_UCX_TLS", "", "UCX_TLS of the agent: the transports that UCX may take"),
@@ -241,8 +241,8 @@ def _bandwidth(text: str) -> float | None:
 
 
 def _transport(text: str) -> str:
-    if text not in ("auto", "tcp", "ucx"):
-        raise BadSetting("HOTWEIGHTS_TRANSPORT", text, "takes auto, tcp or ucx")
+    if text not in ("auto", "tcp", "ucx", "mpi"):
+        raise BadSetting("HOTWEIGHTS_TRANSPORT", text, "takes auto, tcp, ucx or mpi")
     return text
 
 

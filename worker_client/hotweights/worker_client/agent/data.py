@@ -107,7 +107,10 @@ class DataPort:
             loop.call_soon_threadsafe(self._folders.withdraw, digest, why)
 
         self._withdraw = withdraw
-        self._transport = self._open_transport()
+        if self._wanted == "mpi":  # which waits for the other ranks of its job
+            self._transport = await asyncio.to_thread(self._open_transport)
+        else:
+            self._transport = self._open_transport()
         self._server = await self._transport.serve(self, listen, check=self._check, advertise=advertise or None)
         address = self._server.address
         scheme = TRANSPORT if self._tls is None else OVER_TLS
@@ -137,9 +140,9 @@ class DataPort:
         """Raises ValueError where what was asked for cannot be."""
         if self._wanted == "auto":
             return choose_transport(self._tls, self._warn, self._pace, ucx=self._ucx, shared=self._shared)
-        if self._wanted == "ucx" and self._tls is not None:
+        if self._wanted in ("ucx", "mpi") and self._tls is not None:
             raise ValueError(
-                "HOTWEIGHTS_TRANSPORT=ucx sends buckets in plaintext, and this node has a certificate "
+                f"HOTWEIGHTS_TRANSPORT={self._wanted} sends buckets in plaintext, and this node has a certificate "
                 "(HOTWEIGHTS_CERT): take tcp, which goes over TLS, or leave the certificate out"
             )
         try:

@@ -4,6 +4,7 @@ lock beside the socket -> stage -> data port, session -> service behind the door
 """
 
 import asyncio
+import dataclasses
 import logging
 import logging.handlers
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import grpc
 
-from hotweights.transports.ucx_lane import close_lane
+from hotweights.transports import mpi_lane, ucx_lane
 from hotweights.v1 import agent_service_pb2_grpc as rpc
 from hotweights.wire import failpoints
 from hotweights.wire.channel import server_options
@@ -42,11 +43,14 @@ def run_agent(config: Config, *, started_by_client: bool) -> None:
     Raises AgentRuns, StageTaken, StageUnsafe; OSError and ValueError for addresses that cannot be.
     """
     failpoints.arm(config.failpoints)
+    if started_by_client and config.transport == "mpi":
+        config = dataclasses.replace(config, transport="tcp")  # it would take the engine's place in the engine's job
     os.nice(max(0, config.nice - os.nice(0)))  # not more than that, where it was started with some
     try:
         asyncio.run(serve_agent(config, started_by_client=started_by_client))
     finally:
-        close_lane()
+        mpi_lane.close_lane()
+        ucx_lane.close_lane()
 
 
 async def serve_agent(

