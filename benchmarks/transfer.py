@@ -5,7 +5,10 @@
     tcp_rate      ours over tcp, every bucket verified in the stage, over a plain socket's `recv_into` of as many bytes
     ucx_rate      ours over UCX with nothing but TCP, likewise; shm_rate: where it may take shared memory too
     gloo_rate     a broadcast of torch.distributed over gloo, which verifies nothing, over the same
+    nixl_rate     a READ of NIXL over its UCX backend on TCP, likewise; mooncake_rate: of Mooncake's engine over TCP
     line_share    ours over a link of 1 Gbit/s between two network namespaces, of what the link carries
+
+    gloo_verified, nixl_verified, mooncake_verified   theirs and then the hashes of all of it, on all cores, likewise
 
 Sender and receiver are processes of their own; the receiver's memory is under /dev/shm and allocated before the clock
 starts. All take their turn in every run. What is not in this version or not installed is under `skipped`.
@@ -30,6 +33,7 @@ from typing import Any
 
 from benchmarks import netns
 from benchmarks.fanout import Fleet, make_image
+from benchmarks.peers import SIDES, NoPeer, Peer
 from benchmarks.report import Report, progress
 
 MIB = 1 << 20
@@ -39,6 +43,9 @@ LINE_MBIT, LINE_MIB = 1000.0, 512
 SEND_BYTES = 4 << 20
 # Of 1514 bytes on the wire 1448 are ours.
 PAYLOAD = 1448 / 1514
+PEERS = ("gloo", *SIDES)  # which verify nothing
+# tbf lets a burst of 256 KiB pass.
+LINE_SHARE_MAX = 1.01
 Receive = Callable[[str, Path], float]
 
 
@@ -166,12 +173,13 @@ def gloo(rank: int, port: int, size: int, runs: int, pipe: Connection) -> None:
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    data = torch.ones(size, dtype=torch.uint8)
     while pipe.recv():
+        data = torch.ones(size, dtype=torch.uint8)
         dist.barrier()
         begun = time.perf_counter()
         dist.broadcast(data, 0)
         pipe.send(time.perf_counter() - begun)
+        del data
     dist.destroy_process_group()
 
 
@@ -191,6 +199,24 @@ class Pair:
     def close(self) -> None:
         self._process.terminate()
         self._process.join()
+
+
+class Hash:
+    """What a peer's user has to do beside, to know what came: the digests of all of it, on all cores."""
+
+    def __init__(self, folder: Path) -> None:
+        from hotweights.worker_client.image import build_manifest
+
+        self._folder, self._manifest = folder, build_manifest(folder).manifest
+
+    def seconds(self) -> float:
+        from hotweights.worker_client.image.verify import verify_folder
+
+        begun = time.perf_counter()
+        verify_folder(self._folder, self._manifest)
+        return time.perf_counter() - begun
+
+    def close(self) -> None: ...
 
 
 class Gloo:
@@ -227,7 +253,10 @@ def line_share(work: Path, stages: Path, size: int, runs: int) -> list[float]:
     best = size * 8 / (LINE_MBIT * 1e6 * PAYLOAD)
     for run, took in enumerate(taken):
         progress(f"line run {run}: {took:.2f} s, {best:.2f} s at the line's own rate")
-    return [best / took for took in taken]
+    shares = [best / took for took in taken]
+    if max(shares) > LINE_SHARE_MAX:
+        raise SystemExit(f"transfer: {max(shares):.2f} of the line came over it: that is no measurement of this link")
+    return shares
 
 
 def main() -> int:
@@ -240,7 +269,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="hotweights-bench-", dir="/dev/shm") as temporary:
         work = Path(temporary)
         folder = make_image(work / "image", size)
-        movers: dict[str, Pair | Gloo] = {
+        movers: dict[str, Pair | Gloo | Peer | Hash] = {
+            "hash": Hash(folder),
             "plain": Pair(context, send_plain, receive_plain, folder),
             "tcp": Pair(context, send_ours, receive_ours, folder),
         }
@@ -253,6 +283,13 @@ def main() -> int:
             report.skip("gloo_rate", "torch is not installed")
         else:
             movers["gloo"] = Gloo(context, size, runs)
+        for name, (module, hold, read) in SIDES.items():
+            try:
+                peer = Peer(context, module, hold, read, size)
+                peer.seconds()
+                movers[name] = peer
+            except NoPeer as error:
+                report.skip(f"{name}_rate", str(error))
         taken: dict[str, list[float]] = {name: [] for name in movers}
         for run in range(-1, runs):
             seconds = {name: mover.seconds() for name, mover in movers.items()}
@@ -266,17 +303,17 @@ def main() -> int:
         shutil.rmtree(folder)
         for name, values in taken.items():
             report.median(name, [size / took / 1e9 for took in values], "GB/s")
-            if name != "plain":
+            if name not in ("plain", "hash"):
                 report.ratio(f"{name}_rate", taken["plain"], values)
+            if name in PEERS:
+                both = [took + verified for took, verified in zip(values, taken["hash"], strict=True)]
+                report.ratio(f"{name}_verified", taken["plain"], both)
         try:
             shares = line_share(work, work / "stages", LINE_MIB * MIB // (8 if arguments.quick else 1), min(runs, 3))
             report.median("line_share", shares, "of the line")
             report.ratios["line_share"] = float(report.medians["line_share"]["value"])
         except netns.NoNamespaces as error:
             report.skip("line_share", str(error))
-    for name, module in (("nixl_rate", "nixl"), ("mooncake_rate", "mooncake")):
-        there = importlib.util.find_spec(module) is not None
-        report.skip(name, "not measured yet" if there else f"{module} is not installed")
     report.emit(as_json=arguments.json)
     return 0
 

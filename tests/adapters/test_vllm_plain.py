@@ -32,12 +32,12 @@ def unpacked() -> Iterator[None]:
         yield
 
 
-def check_proofs(engine: LiveEngine, folder: Path, before: Oracle, after: Oracle, tied: bool) -> None:
+def check_proofs(engine: LiveEngine, folder: Path, before: Oracle, after: Oracle, modules: int) -> None:
     """Without an image that gives what is installed nothing is written directly, and all the same it is right."""
     engine.extension("inject_route", "auto")
     # A plan that was proven once needs no image any longer; then again as new.
     for forget, base, direct, reason in (
-        (False, "", MODULES - tied, ""),
+        (False, "", modules, ""),
         (True, "", 0, "not known here"),
     ):
         if forget:
@@ -76,8 +76,10 @@ def test_plain_weights_are_swapped_and_undone_on_both_routes(tmp_path: Path, tie
             engine.extension("inject_route", route)
             routes = check_there_and_back(engine, two, before, after)
             counts = {name: routes[name][0] for name in ("direct", "assembled", "reload")}
-            assert counts == {**dict.fromkeys(counts, 0), ROUTE_OF[route]: MODULES - tied}
-        check_proofs(engine, two, before, after, tied)
+            modules = counts[ROUTE_OF[route]]
+            assert modules in (MODULES, MODULES - tied)  # a tied head is a module of its own in vLLM before 0.29
+            assert counts == {**dict.fromkeys(counts, 0), ROUTE_OF[route]: modules}
+        check_proofs(engine, two, before, after, modules)
         if not tied:
             engine.extension("inject_route", "direct")
             check_every_failure(engine, two, before, after)
