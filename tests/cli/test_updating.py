@@ -129,6 +129,10 @@ def test_a_publication_with_update_and_wait_ends_with_the_commit(
     assert replica.checked
 
 
+def test_an_update_that_is_followed_ends_with_the_commit(agent: Serving, replica: StandIn) -> None:
+    assert agent.json("update", "v2", "--follow")["phase"] == "UPDATE_PHASE_COMMITTED"
+
+
 def test_an_update_that_is_not_waited_for_is_only_named(agent: Serving, replica: StandIn) -> None:
     update = agent.json("update", "v2", "--no-wait")
     assert update["target_version"] == "v2"

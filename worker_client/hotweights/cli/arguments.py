@@ -87,6 +87,7 @@ def add_waiting(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="wait for the update's end; the exit code is 0 only when it was committed (default: wait)",
     )
+    parser.add_argument("--follow", dest="wait", action="store_true", help="the same as --wait")
     add_wait_timeout(parser)
 
 
