@@ -129,10 +129,6 @@ def test_a_publication_with_update_and_wait_ends_with_the_commit(
     assert replica.checked
 
 
-def test_an_update_that_is_followed_ends_with_the_commit(agent: Serving, replica: StandIn) -> None:
-    assert agent.json("update", "v2", "--follow")["phase"] == "UPDATE_PHASE_COMMITTED"
-
-
 def test_an_update_that_is_not_waited_for_is_only_named(agent: Serving, replica: StandIn) -> None:
     update = agent.json("update", "v2", "--no-wait")
     assert update["target_version"] == "v2"
@@ -165,3 +161,8 @@ def test_events_are_followed_over_a_filter_until_the_reader_goes(agent: Serving,
 def test_undrain_names_the_replica(agent: Serving, replica: StandIn) -> None:
     assert agent.text("undrain", "stand-in").startswith("stand-in: no longer excluded")
     assert "there is no replica 'x'" in agent.refusal("undrain", "x")
+
+
+def test_an_update_that_is_followed_ends_with_the_commit(agent: Serving, replica: StandIn) -> None:
+    agent.json("update", "v1", "--wait")
+    assert agent.json("update", "v2", "--follow")["phase"] == "UPDATE_PHASE_COMMITTED"
