@@ -1,14 +1,14 @@
 """Updates seen through the command line, with a replica that has no engine."""
 
 import json
-import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .processes import COMMAND, DEADLINE_S, Serving
+from .processes import DEADLINE_S, Serving
 from .stand_in import StandIn
 
 
@@ -136,15 +136,21 @@ def test_an_update_that_is_not_waited_for_is_only_named(agent: Serving, replica:
     assert update["id"] in followed
 
 
+# Also where these tests run in the background of a shell, whose processes ignore it.
+HEARS_SIGINT = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("hotweights.cli", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_events_are_followed_over_a_filter_until_the_reader_goes(agent: Serving, replica: StandIn) -> None:
     process = subprocess.Popen(
-        [*COMMAND, "events", "--from", "1", "--follow", "--model", "m", "--json"],
+        [sys.executable, "-c", HEARS_SIGINT, "events", "--from", "1", "--follow", "--model", "m", "--json"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
         env=agent.node.environment(HOTWEIGHTS_ENDPOINT=agent.endpoint),
-        # Heard even where these tests run in the background of a shell.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     events = [json.loads(process.stdout.readline()) for _ in range(3)]
