@@ -71,15 +71,15 @@ def test_plain_weights_are_swapped_and_undone_on_both_routes(tmp_path: Path, tie
     engine = LiveEngine(one)
     try:
         assert engine.extension("packed_layer_count") == 0
-        before = engine.oracle()
+        before, modules = engine.oracle(), dict[str, int]()
         for route in ROUTES:
             engine.extension("inject_route", route)
             routes = check_there_and_back(engine, two, before, after)
             counts = {name: routes[name][0] for name in ("direct", "assembled", "reload")}
-            modules = counts[ROUTE_OF[route]]
-            assert modules in (MODULES, MODULES - tied)  # a tied head is a module of its own in vLLM before 0.29
-            assert counts == {**dict.fromkeys(counts, 0), ROUTE_OF[route]: modules}
-        check_proofs(engine, two, before, after, modules)
+            modules[route] = counts[ROUTE_OF[route]]
+            assert modules[route] in (MODULES, MODULES - tied)  # a tied head is written by itself in vLLM before 0.32
+            assert counts == {**dict.fromkeys(counts, 0), ROUTE_OF[route]: modules[route]}
+        check_proofs(engine, two, before, after, modules["auto"])
         if not tied:
             engine.extension("inject_route", "direct")
             check_every_failure(engine, two, before, after)

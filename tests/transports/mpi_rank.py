@@ -1,6 +1,7 @@
 """One rank of an MPI job: `mpirun -n 3 python -m tests.transports.mpi_rank WHAT FOLDER`.
 
-Rank 0 is the source, the others read all of its file in buckets. Each prints a JSON object about itself.
+Rank 0 is the source, or 1 where "leader hangs"; the others read all of its file in buckets. Each prints a JSON object
+about itself.
 """
 
 import asyncio
@@ -30,7 +31,13 @@ async def main(what: str, folder: Path) -> dict[str, Any]:
     address = folder / "address"
     done = [folder / f"done-{rank}" for rank in others]
     told: dict[str, Any] = {"rank": me, "size": lane.size}
-    if me == 0:
+    the_source = 1 if what == "leader hangs" else 0
+    done = [file for file in done if what != "leader hangs" or file.name == "done-2"]
+    if what == "leader hangs" and me == 0:
+        (folder / "stops").touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        await until(lambda: all(file.exists() for file in done))
+    elif me == the_source:
         source = Held(CONTENT, deltas={BASE: b"a delta"})
         server = await MpiTransport(lane).serve(source, "127.0.0.1:0", check=accept_good_token)
         address.with_suffix(".new").write_text(server.address)
@@ -38,6 +45,9 @@ async def main(what: str, folder: Path) -> dict[str, Any]:
         if what == "over":
             lane.close()
         await until(lambda: all(file.exists() for file in done))
+        if what == "leader hangs":
+            told |= {"waiting": len(lane._mine), "ways": [], "whole": True}
+            os.kill(int((folder / "pid-0").read_text()), signal.SIGCONT)
         await server.close()
     else:
         await until(address.exists)
@@ -48,7 +58,7 @@ async def main(what: str, folder: Path) -> dict[str, Any]:
         if what == "hangs" and me == 2:
             (folder / "stops").touch()
             os.kill(os.getpid(), signal.SIGSTOP)
-        elif what == "hangs":
+        elif "hangs" in what:
             await until((folder / "stops").exists)
             await asyncio.sleep(0.5)
         told |= await fetch(lane, address.read_text(), 4 if what == "at once" else 1)
@@ -70,6 +80,7 @@ async def fetch(lane: mpi_lane.MpiLane, address: str, parallel: int) -> dict[str
             part = memoryview(into)[at : at + BUCKET]
             assert await connection.read_into(IMAGE, 0, at, part, deadline_s=DEADLINE_S) == len(part)
             ways.add(connection.way)
+            assert connection.doubt() == (connection.way == "mpi")  # another rank than the source may have sent it
         delta = bytearray(BUCKET)
         assert await connection.read_into(IMAGE, 0, 0, memoryview(delta), deadline_s=10, base=BASE) == len(b"a delta")
         await connection.close()

@@ -68,6 +68,14 @@ def test_a_rank_that_hangs_holds_no_other(tmp_path: Path) -> None:
 
 
 @needs_mpi
+def test_the_rank_that_orders_broadcasts_hangs_and_holds_nobody(tmp_path: Path) -> None:
+    """One broadcast is waited for, not each; what is not sent is not kept."""
+    ranks = job("leader hangs", tmp_path)
+    assert ranks[2]["ways"] == ["tcp (the source is in another MPI job, or its own hangs)"]
+    assert ranks[1]["waiting"] <= 1
+
+
+@needs_mpi
 def test_alone_it_is_tcp(tmp_path: Path) -> None:
     code = (
         "from hotweights.transports.mpi_lane import open_lane, close_lane;"

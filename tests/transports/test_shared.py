@@ -2,14 +2,16 @@
 
 import asyncio
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.transports.sources import IMAGE, MIB, TOKEN, Held, pattern, serving
 
 from hotweights.transports.base import Connection, Place
 from hotweights.transports.errors import DeadlinePassed, PeerGone, TokenRefused
-from hotweights.transports.shared import PIECE_BYTES, SharedTransport, is_below
+from hotweights.transports.shared import PIECE_BYTES, READS_MAX, Folders, SharedTransport, is_below
 from hotweights.transports.tcp import TcpTransport
 
 CONTENT = pattern(PIECE_BYTES + 3 * MIB + 5)
@@ -93,7 +95,7 @@ async def test_nothing_is_opened_beyond_what_is_shared_whatever_a_source_says(ro
 
 async def test_a_pipe_in_the_folder_keeps_nobody(source: Held, root: Path) -> None:
     os.mkfifo(root / "pipe")
-    source.place = Place(str(root / "pipe"), 0, 0)
+    source.place = Place(str(root / "pipe"), len(CONTENT), 0)
     assert "the file there is another" in await way_of(source, root)
 
 
@@ -121,34 +123,119 @@ async def test_a_source_that_says_nothing_of_files_is_read_over_the_wire(root: P
     assert await way_of(Held(OTHER), root) == "tcp"
 
 
-async def test_a_file_system_that_hangs_is_left_at_the_deadline_and_nothing_is_written_afterwards(
+async def test_what_was_wrong_there_is_read_from_the_source_over_whatever_connection(source: Held, root: Path) -> None:
+    transport = SharedTransport(TcpTransport(), [root])
+    async with serving(TcpTransport(), source) as server:
+        connection = await transport.connect(server.address, token=TOKEN, deadline_s=5)
+        assert await read(connection) == CONTENT
+        assert connection.doubt()
+        assert await read(connection) == OTHER
+        assert not connection.doubt()
+        another = await transport.connect(server.address, token=TOKEN, deadline_s=5)
+        assert await read(another) == OTHER
+        assert another.way == "tcp (not from the shared folder: its bytes are another version's)"
+        await connection.close()
+        await another.close()
+
+
+async def test_a_file_that_became_a_link_to_elsewhere_is_not_read_any_more(source: Held, root: Path) -> None:
+    secret = root.parent / "secret"
+    secret.write_bytes(CONTENT)
+    async with serving(TcpTransport(), source) as server:
+        connection = await connect(server.address, root)
+        assert await read(connection) == CONTENT
+        stamp = (root / "held").stat().st_mtime_ns
+        (root / "held").unlink()
+        (root / "held").symlink_to(secret)
+        os.utime(secret, ns=(stamp, stamp))
+        assert await read(connection) == OTHER
+        assert "beyond what is shared" in connection.way
+        await connection.close()
+
+
+async def test_a_time_that_no_frame_can_tell_is_no_place(source: Held, root: Path) -> None:
+    os.utime(root / "held", ns=(0, -1_000_000_000))
+    source.place = place_of(root / "held")
+    assert await way_of(source, root) == "tcp"
+
+
+async def test_a_file_system_that_hangs_is_left_for_a_while_and_nothing_is_written_afterwards(
     source: Held, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hung, goes_on = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
+    goes_on, hung = threading.Event(), threading.Event()
 
-    def hangs(place: Place, offset: int, into: memoryview) -> None:
-        loop.call_soon_threadsafe(hung.set)
-        asyncio.run_coroutine_threadsafe(goes_on.wait(), loop).result(10)
+    def hangs(place: Place, roots: object, offset: int, into: memoryview) -> None:
+        hung.set()
+        assert goes_on.wait(20)
         into[:] = b"\xff" * len(into)
 
     monkeypatch.setattr("hotweights.transports.shared.read_range", hangs)
+    transport = SharedTransport(TcpTransport(), [root])
     async with serving(TcpTransport(), source) as server:
-        connection, into = await connect(server.address, root), bytearray(99)
-        with pytest.raises(DeadlinePassed):
-            await connection.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=0.2)
+
+        async def reading() -> "tuple[Connection, asyncio.Future[int]]":
+            """Of one that hangs by now."""
+            hung.clear()
+            connection = await transport.connect(server.address, token=TOKEN, deadline_s=5)
+            going = asyncio.ensure_future(connection.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=0.5))
+            assert await asyncio.to_thread(hung.wait, 10)
+            return connection, going
+
+        into = bytearray(99)
+        closed, ends_closed = await reading()
+        called_off, ends_called_off = await reading()
+        late, ends_late = await reading()
+        await closed.close()
         with pytest.raises(PeerGone):
-            await read(connection)
-        another = await connect(server.address, root)
-        reading = asyncio.ensure_future(another.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=10))
-        hung.clear()
-        await asyncio.wait_for(hung.wait(), 10)
-        await another.close()
-        with pytest.raises(PeerGone):
-            await reading
+            await ends_closed
+        ends_called_off.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await ends_called_off
+        again, ends_again = await reading()  # none of these says that the folder hangs
+        for ends in (ends_late, ends_again):
+            with pytest.raises(DeadlinePassed):
+                await ends
+        for connection in (called_off, late, again):
+            with pytest.raises(PeerGone):
+                await connection.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5)
+        other = await transport.connect(server.address, token=TOKEN, deadline_s=5)
+        assert await read(other) == OTHER
+        assert other.way == "tcp (not from the shared folder: a read there did not end in time)"
+        await other.close()
         goes_on.set()
         await asyncio.sleep(0.2)
         assert into == bytes(99)
+
+
+async def test_reads_that_never_end_take_no_thread_of_others(source: Held, root: Path, monkeypatch: Any) -> None:
+    goes_on = threading.Event()
+    monkeypatch.setattr("hotweights.transports.shared.read_range", lambda *_: goes_on.wait(20))
+    folders = Folders([root])
+    hanging = [
+        asyncio.ensure_future(folders.in_thread(lambda: folders.read(place_of(root / "held"), 0, memoryview(b""))))
+        for _ in range(READS_MAX)
+    ]
+    await asyncio.sleep(0)
+    with pytest.raises(OSError, match="too many reads"):
+        await folders.in_thread(lambda: None)
+    assert await asyncio.wait_for(asyncio.to_thread(lambda: 1), 5) == 1
+    goes_on.set()
+    await asyncio.gather(*hanging)
+    await folders.in_thread(lambda: None)
+
+
+async def test_a_read_that_gives_up_while_it_waits_leaves_the_one_before_it_alone(root: Path) -> None:
+    source = Held(OTHER, gate=threading.Event())
+    async with serving(TcpTransport(), source) as server:
+        connection = await connect(server.address, root)
+        first = asyncio.ensure_future(read(connection, 0, 99, base=b"b" * 32))
+        assert await asyncio.to_thread(source.opened.wait, 10)
+        with pytest.raises(DeadlinePassed):
+            await connection.read_into(IMAGE, 0, 0, memoryview(bytearray(9)), deadline_s=0.2)
+        assert source.gate is not None
+        source.gate.set()
+        assert await first == bytes(99)
+        await connection.close()
 
 
 def test_below_is_told_by_where_links_lead(tmp_path: Path) -> None:

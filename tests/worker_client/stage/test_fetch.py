@@ -14,6 +14,7 @@ from hotweights.transports import base
 from hotweights.transports.base import Connection, Place, Server
 from hotweights.transports.errors import NotHeld, NotYet, PeerGone
 from hotweights.transports.pace import Pace
+from hotweights.transports.shared import SharedTransport
 from hotweights.transports.tcp import TcpTransport
 from hotweights.transports.tcp_server import Limits
 from hotweights.v1.worker_service_pb2 import Source
@@ -40,6 +41,7 @@ class Node:
     asked: Counter[tuple[int, int]] = field(default_factory=Counter)
     server: Server | None = None
     there: int | None = None
+    place: Place | None = None
     more: asyncio.Event = field(default_factory=asyncio.Event)
     bases: dict[bytes, Image] = field(default_factory=dict)
 
@@ -66,7 +68,7 @@ class Node:
         return make_delta(view, BucketReader().read_range(self.bases[base], file, offset, view.nbytes))
 
     def locate(self, image: bytes, file: int) -> Place | None:
-        return None
+        return self.place if file == 1 else None
 
     async def until_more(self, image: bytes) -> None:
         await self.more.wait()
@@ -250,6 +252,9 @@ async def test_a_source_that_only_says_a_little_more_each_time_is_left(
             Talker.said += 1
             raise NotYet(image.digest, Talker.said)
 
+        def doubt(self) -> bool:
+            return False
+
         async def close(self) -> None: ...
 
     async def open_source(source: Source) -> Connection:
@@ -353,6 +358,24 @@ async def test_cancelled_in_the_middle_it_writes_no_more(partial: Partial, nodes
     before = contents(partial.folder)
     await asyncio.sleep(0.3)
     assert contents(partial.folder) == before
+
+
+async def test_wrong_bytes_in_a_folder_that_both_see_are_no_fault_of_the_source(
+    image: Image, nodes: list[Node], partial: Partial, tmp_path: Path
+) -> None:
+    stale = tmp_path / "shared" / "stale"
+    stale.parent.mkdir()
+    stale.write_bytes(bytes(image.manifest.files[1].size_bytes))
+    nodes[0].place = Place(str(stale), stale.stat().st_size, stale.stat().st_mtime_ns)
+    transport, tally = SharedTransport(TcpTransport(), [stale.parent]), Tally()
+
+    async def open_source(source: Source) -> Connection:
+        return await transport.connect(source.data_endpoint, token=source.token, deadline_s=5)
+
+    await Fetch(partial, sources(nodes[:1]), open_source, no_progress, parallel=2, tally=tally).run()
+    assert contents(partial.folder) == contents(image.folder)
+    assert not tally.left
+    assert sum(nodes[0].asked.values()) == len(image.manifest.buckets)
 
 
 # Deltas.

@@ -1,4 +1,4 @@
-"""The interface of a transport, six methods in all, and the same promises from every one of them.
+"""The interface of a transport, seven methods in all, and the same promises from every one of them.
 
     reader                                         source
     Transport.connect(address, token)              Transport.serve(source, listen, check)
@@ -109,6 +109,12 @@ class Connection(Protocol):
         the range has, and they are at the beginning of `into`.
         `deadline_s` counts from the call, waiting for other reads of this connection included.
         Raises NotHeld, NotYet, TokenRefused, PeerGone, DeadlinePassed.
+        """
+
+    def doubt(self) -> bool:
+        """What the last read gave was wrong: whether it came from elsewhere than the source, which itself is asked now.
+
+        Then it is no failure of the source's.
         """
 
     async def close(self) -> None:

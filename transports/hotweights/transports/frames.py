@@ -188,8 +188,9 @@ def locate(image: bytes, file: int) -> bytes:
 
 
 def located(place: Place | None) -> bytes:
+    """A place that no frame can tell, of a time before 1970 for example, is nowhere."""
     path = b"" if place is None else os.fsencode(place.path)
-    if place is None or len(path) > PATH_BYTES_MAX:
+    if place is None or len(path) > PATH_BYTES_MAX or not 0 <= place.mtime_ns < 1 << 64:
         return frame(Kind.LOCATED)
     return frame(Kind.LOCATED, _LOCATED.pack(place.size_bytes, place.mtime_ns) + path)
 

@@ -100,6 +100,9 @@ class MemoryConnection:
             self._closed.set()
             raise PeerGone(self._server.address, "ended the connection")
 
+    def doubt(self) -> bool:
+        return False
+
     async def close(self) -> None:
         self._closed.set()
 

@@ -11,28 +11,33 @@ later, or is of another job, gets its bytes over TCP, and so does everybody whil
 over. Deltas are asked for over TCP: they are small, and one node's are not another's.
 """
 
+import asyncio
+
 from hotweights.transports import frames
 from hotweights.transports.line import Line
-from hotweights.transports.mpi_lane import MpiLane
+from hotweights.transports.mpi_lane import KEPT_BYTES_MAX, MpiLane
 from hotweights.transports.pace import Pace
 from hotweights.transports.tcp import TcpConnection, TcpTransport, check_size
 from hotweights.transports.tcp_server import Limits, Warn, log_all
 
 # From hearing that a bucket was broadcast until it is here too.
 ARRIVE_S = 10.0
+BROADCAST = "mpi"
 
 
 class MpiConnection(TcpConnection):
     """See base.Connection. Made by MpiTransport.connect."""
 
     def __init__(self, line: Line, address: str, can: frames.Can, lane: MpiLane) -> None:
-        super().__init__(line, address, can, "mpi")
+        super().__init__(line, address, can, BROADCAST)
         self._lane = lane
         self._images: set[bytes] = set()
 
     async def _ask(self, wish: frames.Read, into: memoryview) -> int:
         if wish.base is not None:
             self.way = "tcp (deltas go to whom they are for)"
+        elif len(into) > KEPT_BYTES_MAX:
+            self.way = "tcp (too large a bucket to be kept)"
         elif trouble := self._lane.trouble:
             self.way = f"tcp ({trouble})"
         else:
@@ -59,9 +64,16 @@ class MpiConnection(TcpConnection):
         if came is None:
             self.way = "tcp (it was broadcast before this node asked)"
             return await super()._ask(wish, into)
-        self.way = "mpi"
-        into[:] = came
+        self.way = BROADCAST
+        with memoryview(came) as whole:
+            for at in range(0, len(into), frames.YIELD_BYTES):
+                into[at : at + frames.YIELD_BYTES] = whole[at : at + frames.YIELD_BYTES]
+                await asyncio.sleep(0)
         return wish.size
+
+    def doubt(self) -> bool:
+        """Whoever broadcast it is not always the source that was asked; a bucket that went by comes no second time."""
+        return self.way == BROADCAST
 
     def _drop(self) -> None:
         super()._drop()

@@ -13,6 +13,7 @@ in good order; those that go on have no MPI then, and say so.
 import asyncio
 import importlib
 import logging
+import mmap
 import secrets
 import struct
 import threading
@@ -34,6 +35,7 @@ SENT_MAX = 1 << 17
 STUCK_S, STUCK_S_PER_MIB = 5.0, 0.1
 START_S, END_S = 60.0, 5.0
 _BUSY_S, _NAP_S, _SLEEP_S = 0.05, 5e-5, 2e-3
+HANGS = "an MPI broadcast hangs"
 _WANT_TAG = 7
 _WANT, _HEAD = struct.Struct("!B32sIQQ"), struct.Struct("!BI32sIQQ")
 _CAST, _OVER = 1, 2
@@ -61,12 +63,13 @@ class MpiLane:
         self._lock = threading.Lock()
         self._mine: OrderedDict[Bucket, tuple[memoryview, asyncio.Future[int]]] = OrderedDict()
         self._wanted: Counter[bytes] = Counter()
-        self._kept: OrderedDict[Bucket, bytearray] = OrderedDict()
+        self._kept: dict[Bucket, mmap.mmap] = {}
         self._kept_bytes = 0
         self._sent: OrderedDict[Bucket, int] = OrderedDict()
         self._asked: deque[tuple[int, Bucket]] = deque()
         self._news = asyncio.Event()
         self._busy_until = 0.0
+        self._hangs = False
         self._is_over = False
         self._closing = threading.Event()
         ready = threading.Event()
@@ -87,7 +90,7 @@ class MpiLane:
         if self.size < 2:
             return "alone in its MPI job"
         until = self._busy_until
-        return "an MPI broadcast hangs" if until and time.monotonic() > until else ""
+        return HANGS if self._hangs or (until and time.monotonic() > until) else ""
 
     def want(self, image: bytes) -> None:
         """From now on what comes of it is kept, until as many have said that they are `done`."""
@@ -103,15 +106,15 @@ class MpiLane:
                 for bucket in [bucket for bucket in self._kept if bucket[0] == image]:
                     self._drop(bucket)
 
-    def take(self, bucket: Bucket) -> bytearray | None:
+    def take(self, bucket: Bucket) -> mmap.mmap | None:
         """What came of a bucket; it is the caller's then."""
         with self._lock:
             return self._drop(bucket)
 
-    def number(self, bucket: Bucket) -> int | None:
-        """Of the broadcast in which a bucket went to all, by whichever rank."""
+    def is_new(self, bucket: Bucket) -> bool:
+        """Whether it neither went to all, by whichever rank, nor is about to from here."""
         with self._lock:
-            return self._sent.get(bucket)
+            return bucket not in self._sent and bucket not in self._mine
 
     async def cast(self, bucket: Bucket, view: memoryview) -> int:
         """Sends it to all ranks, unless it was already; by the number of which broadcast. Raises MpiOver."""
@@ -126,9 +129,13 @@ class MpiLane:
                 self._asked.append((_CAST, bucket))
             _, sent = self._mine[bucket]
         await asyncio.wait({sent}, timeout=_stuck_s(bucket))
-        if not sent.done():
-            raise MpiOver("an MPI broadcast hangs")
-        return sent.result()
+        if sent.done():
+            return sent.result()
+        with self._lock, suppress(ValueError):  # where rank 0 has heard of it already, it still goes to all
+            self._hangs = True
+            self._asked.remove((_CAST, bucket))
+            del self._mine[bucket]
+        raise MpiOver(HANGS)
 
     async def reached(self, number: int, deadline_s: float) -> bool:
         """Waits until a broadcast has ended here too; whether it has."""
@@ -164,6 +171,7 @@ class MpiLane:
             with self._lock:
                 self._is_over = True
                 left = list(self._mine.values())
+                self._mine.clear()
             for _, sent in left:
                 self._call(_settle, sent, MpiOver("the MPI job is over"))
             self._call(self._wake)
@@ -216,18 +224,18 @@ class MpiLane:
     def _move(self, root: int, bucket: Bucket) -> None:
         """One bucket from a rank to all others."""
         self._busy_until = time.monotonic() + _stuck_s(bucket)
-        room = None if root == self.rank else bytearray(bucket[3])
+        room = None if root == self.rank else mmap.mmap(-1, bucket[3])  # which clears nothing while others wait
         self._share(self._mine[bucket][0] if room is None else room, root)
-        self._busy_until = 0.0
-        self.casts += 1
         with self._lock:
-            self._sent[bucket] = self.casts
+            self._busy_until, self._hangs = 0.0, False
+            self._sent[bucket] = number = self.casts + 1
             if len(self._sent) > SENT_MAX:
                 self._sent.popitem(last=False)
             if room is None:
-                self._call(_settle, self._mine.pop(bucket)[1], self.casts)
+                self._call(_settle, self._mine.pop(bucket)[1], number)
             elif bucket[0] in self._wanted:
                 self._keep(bucket, room)
+            self.casts = number
         self._call(self._wake)
 
     def _share(self, memory: Any, root: int) -> None:
@@ -236,14 +244,14 @@ class MpiLane:
         while not moving.Test():
             self._rest(begun)
 
-    def _keep(self, bucket: Bucket, memory: bytearray) -> None:
+    def _keep(self, bucket: Bucket, memory: mmap.mmap) -> None:
+        """What came first is asked for first: where there is no room, what comes now is let go."""
         self._drop(bucket)
-        self._kept[bucket] = memory
-        self._kept_bytes += len(memory)
-        while self._kept_bytes > KEPT_BYTES_MAX:
-            self._drop(next(iter(self._kept)))
+        if self._kept_bytes + len(memory) <= KEPT_BYTES_MAX:
+            self._kept[bucket] = memory
+            self._kept_bytes += len(memory)
 
-    def _drop(self, bucket: Bucket) -> bytearray | None:
+    def _drop(self, bucket: Bucket) -> mmap.mmap | None:
         memory = self._kept.pop(bucket, None)
         self._kept_bytes -= 0 if memory is None else len(memory)
         return memory

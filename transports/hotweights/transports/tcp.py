@@ -114,6 +114,9 @@ class TcpConnection:
             return PeerGone(self._address, "has too many readers")
         raise frames.Garbage("refuses the connection in the middle of it")
 
+    def doubt(self) -> bool:
+        return False
+
     async def close(self) -> None:
         if self._closed:
             return

@@ -267,14 +267,15 @@ class TcpServer:
 
     async def _cast(self, wish: frames.Read, view: memoryview) -> int | None:
         """In which broadcast a bucket went to the whole job; None where that is not the reader's, or hangs."""
-        if self._mpi is None or self._mpi.job != wish.job:
+        if self._mpi is None or self._mpi.job != wish.job or self._mpi.trouble:
             return None
         bucket = (wish.image, wish.file, wish.offset, wish.size)
-        if self._mpi.number(bucket) is None:
-            await self._pace.take(len(view))
+        charged = len(view) if self._mpi.is_new(bucket) else 0
+        await self._pace.take(charged)
         try:
             return await self._mpi.cast(bucket, view[:])  # MPI may hold it longer than we wait
         except MpiOver:
+            self._pace.give_back(charged)
             return None
 
     async def _send(self, line: Line, part: memoryview) -> None:

@@ -73,6 +73,7 @@ class DataPort:
         self._pace = Pace(bandwidth_max)
         self._wanted, self._ucx, self._shared = transport, ucx or {}, shared
         self._transport: Transport | None = None
+        self._others: dict[bool, Transport] = {}  # of sources that are read another way than this node serves
         self._stage = stage
         self._folders = folders
         self._reader = BucketReader()
@@ -131,7 +132,8 @@ class DataPort:
             tls = self._tls_to(name, address)
             transport = self._transport if name == TRANSPORT and self._tls is None else None
             if transport is None:
-                transport = open_transport(TRANSPORT, tls, shared=self._shared)
+                transport = self._others.get(tls is None) or open_transport(TRANSPORT, tls, shared=self._shared)
+                self._others[tls is None] = transport
             return await transport.connect(address, token=source.token, deadline_s=CONNECT_DEADLINE_S)
         except ValueError as error:  # an address or a token that is none
             raise PeerGone(source.data_endpoint, str(error)) from error

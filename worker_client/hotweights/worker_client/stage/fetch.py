@@ -56,7 +56,7 @@ class Stalled(Exception):
 
 
 class NoFit(Exception):
-    """A delta does not make the bucket of what is here: who of the two has another base is not known."""
+    """What came is not the bucket, and the source is perhaps right: it is asked once more, in another way."""
 
 
 class WrongBytes(Exception):
@@ -167,9 +167,9 @@ class Fetch:
                     self._todo.appendleft(index)
                     self._pace.give_back(taken)
                     await self._wait_for(source, error)
-                except NoFit:
+                except NoFit as error:
                     self._todo.appendleft(index)
-                    log.warning("bucket %d came from %s as a delta that does not fit", index, source.node_id)
+                    log.warning("bucket %d, from %s: %s", index, source.node_id, error)
                 except (TransportError, WrongBytes) as error:
                     self._todo.appendleft(index)
                     self._struck(source, error)
@@ -219,7 +219,9 @@ class Fetch:
             self._no_deltas.add(source.node_id)
             if len(self._no_deltas) >= NO_FIT_MAX:  # it is rather ours that is another than it says
                 self._base = None
-            raise NoFit
+            raise NoFit("a delta that does not fit")
+        if not right and connection.doubt():
+            raise NoFit(f"wrong bytes by {connection.way}, which are not its own; it is asked itself")
         if not right:
             self._wrong[source.node_id] += 1
             raise WrongBytes(f"bucket {index} came with wrong bytes")
