@@ -37,30 +37,29 @@ class Peer:
 
     def seconds(self) -> float:
         """Of the second read of all: with the first the two meet."""
-        for side in self._sides:
-            here, there = self._context.Pipe()
-            process = self._context.Process(target=side, args=(there, self._size), daemon=True)
-            process.start()
-            there.close()
-            self._pipes.append(here)
-            self._processes.append(process)
-        self._pipes[1].send(self._hear(0, START_S))
-        took = 0.0
-        for _ in range(2):
-            self._pipes[1].send(True)
-            took = float(self._hear(1, READ_S))
-        self.close()
-        return took
+        try:
+            for side in self._sides:
+                here, there = self._context.Pipe()
+                process = self._context.Process(target=side, args=(there, self._size), daemon=True)
+                process.start()
+                there.close()
+                self._pipes.append(here)
+                self._processes.append(process)
+            self._pipes[1].send(self._hear(0, START_S))
+            took = 0.0
+            for _ in range(2):
+                self._pipes[1].send(True)
+                took = float(self._hear(1, READ_S))
+            return took
+        except (EOFError, OSError):
+            raise NoPeer(f"{self._module} does not run here: its process ended") from None
+        finally:
+            self.close()
 
     def _hear(self, side: int, deadline_s: float) -> Any:
-        try:
-            if not self._pipes[side].poll(deadline_s):
-                self.close()
-                raise NoPeer(f"{self._module} did nothing for {deadline_s:g} s")
-            return self._pipes[side].recv()
-        except EOFError:
-            self.close()
-            raise NoPeer(f"{self._module} does not run here: its process ended") from None
+        if not self._pipes[side].poll(deadline_s):
+            raise NoPeer(f"{self._module} did nothing for {deadline_s:g} s")
+        return self._pipes[side].recv()
 
     def close(self) -> None:
         for process in self._processes:

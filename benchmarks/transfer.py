@@ -259,6 +259,11 @@ def line_share(work: Path, stages: Path, size: int, runs: int) -> list[float]:
     return shares
 
 
+def skip_peer(report: Report, name: str, reason: str) -> None:
+    report.skip(f"{name}_rate", reason)
+    report.skip(f"{name}_verified", reason)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="the report as the last line of stdout")
@@ -280,7 +285,7 @@ def main() -> int:
             else:
                 movers[name] = Pair(context, partial(send_ours, ucx=ucx), partial(receive_ours, ucx=ucx), folder)
         if importlib.util.find_spec("torch") is None:
-            report.skip("gloo_rate", "torch is not installed")
+            skip_peer(report, "gloo", "torch is not installed")
         else:
             movers["gloo"] = Gloo(context, size, runs)
         for name, (module, hold, read) in SIDES.items():
@@ -289,10 +294,13 @@ def main() -> int:
                 peer.seconds()
                 movers[name] = peer
             except NoPeer as error:
-                report.skip(f"{name}_rate", str(error))
+                skip_peer(report, name, str(error))
         taken: dict[str, list[float]] = {name: [] for name in movers}
         for run in range(-1, runs):
-            seconds = {name: mover.seconds() for name, mover in movers.items()}
+            try:
+                seconds = {name: mover.seconds() for name, mover in movers.items()}
+            except NoPeer as error:
+                raise SystemExit(f"transfer: {error}, and it did before: nothing is reported") from None
             progress(
                 f"run {run}: " + ", ".join(f"{name} {size / took / 1e9:.2f} GB/s" for name, took in seconds.items())
             )

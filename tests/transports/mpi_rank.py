@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.transports.sources import IMAGE, MIB, TOKEN, Held, accept_good_token, pattern
 
-from hotweights.transports import mpi_lane
+from hotweights.transports import mpi, mpi_lane
 from hotweights.transports.mpi import MpiTransport
 
 BUCKET = MIB // 4
@@ -27,6 +27,8 @@ BASE = b"b" * 32
 
 async def main(what: str, folder: Path) -> dict[str, Any]:
     lane = await asyncio.to_thread(mpi_lane.open_lane)
+    if what == "large":
+        vars(mpi)["KEPT_BYTES_MAX"] = BUCKET - 1
     me, others = lane.rank, range(1, lane.size)
     address = folder / "address"
     done = [folder / f"done-{rank}" for rank in others]

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -39,7 +39,7 @@ DOUBTED_MAX = 4096
 _FILE = "file"
 
 
-class Folders:
+class SharedFolders:
     """Those that this node shares, and what is known against reading there."""
 
     def __init__(self, roots: Sequence[Path]) -> None:
@@ -74,27 +74,25 @@ class Folders:
         """What may block for ever, in a thread that the process does not wait for. Raises OSError where many do so."""
         if not self._reads.acquire(blocking=False):
             raise OSError("too many reads of shared folders have not ended")
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[T] = loop.create_future()
+        outcome = Future[T]()
+        outcome.set_running_or_notify_cancel()  # who waits may be called off, it may not
 
         def run() -> None:
             try:
-                outcome: T | OSError = work()
-            except OSError as error:
-                outcome = error
+                outcome.set_result(work())
+            except Exception as error:  # noqa: BLE001 - carried to who waits, where it is raised
+                outcome.set_exception(error)
             finally:
                 self._reads.release()
-            with suppress(RuntimeError):  # the loop is closed: nobody waits
-                loop.call_soon_threadsafe(_settle, done, outcome)
 
         threading.Thread(target=run, name="shared folder", daemon=True).start()
-        return await done
+        return await asyncio.wrap_future(outcome)
 
 
 class SharedConnection:
     """See base.Connection. Made by SharedTransport.connect."""
 
-    def __init__(self, connection: TcpConnection, address: str, folders: Folders) -> None:
+    def __init__(self, connection: TcpConnection, address: str, folders: SharedFolders) -> None:
         self.way = connection.way
         self._connection = connection
         self._address = address
@@ -205,7 +203,7 @@ class SharedTransport:
     def __init__(self, transport: TcpTransport, roots: Sequence[Path]) -> None:
         self.name = transport.name
         self._transport = transport
-        self._folders = Folders(roots)
+        self._folders = SharedFolders(roots)
 
     async def serve(
         self, source: BucketSource, listen: str, *, check: TokenCheck, advertise: str | None = None
@@ -247,12 +245,3 @@ def _check_same(handle: int, place: Place, roots: Sequence[Path]) -> None:
     opened = f"/proc/self/fd/{handle}"
     if not is_below(opened if os.path.exists(opened) else place.path, roots):
         raise OSError("the file there is beyond what is shared")
-
-
-def _settle(done: "asyncio.Future[T]", outcome: "T | OSError") -> None:
-    if done.done():  # called off
-        return
-    if isinstance(outcome, OSError):
-        done.set_exception(outcome)
-    else:
-        done.set_result(outcome)
