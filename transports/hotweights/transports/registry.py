@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from hotweights.transports.tcp import TcpTransport
 
 KNOWN = ("memory", "tcp", "ucx", "mpi")
-# Named in the design, so that asking for one is told apart from a typing error.
-PLANNED = ("cuda_ipc",)
+# Not between nodes: whoever asks for it here is told where it is.
+WITHIN_A_NODE = {"cuda_ipc": "is for processes of one node, see HOTWEIGHTS_USE_IPC_AGENT"}
 # What a node may be told to use between nodes.
 CHOICES = ("auto", "tcp", "ucx", "mpi")
 Hears = Callable[[str, str], None]
@@ -52,8 +52,7 @@ def open_transport(
         return _sharing(_ucx(warn, pace, ucx or {}, fall_back=False), shared)
     if name == "mpi":
         return _sharing(_mpi(warn, pace), shared)
-    reason = "is not in this version" if name in PLANNED else ""
-    raise TransportMissing(name, known=KNOWN, reason=reason)
+    raise TransportMissing(name, known=KNOWN, reason=WITHIN_A_NODE.get(name, ""))
 
 
 def choose_transport(
