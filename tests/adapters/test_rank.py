@@ -1,15 +1,12 @@
 """The state of a rank, over a plain module in vLLM's place: what is kept, for whom, and until when."""
 
 import importlib.util
-import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from tests.adapters.plain_worker import a_worker, an_image, prepared, until, weight
 
 from hotweights.adapters.fingerprint import fingerprint
 from hotweights.adapters.rank import NotDirect, Rank, RankRefused
@@ -25,31 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
-DEADLINE_S = 10.0
-
-
-class Model(torch.nn.Module):
-    """Two matrices, loaded by their names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-
-        for name, tensor in weights:
-            parameter = self.get_parameter(name)
-            getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
-        return {name for name, _ in self.named_parameters()}
-
-
-def an_image(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    folder.mkdir()
-    save_file({name: torch.randn(64, 64) for name in ("one.weight", "two.weight")}, folder / "model.safetensors")
-    return folder
-
 
 @pytest.fixture
 def images(tmp_path: Path) -> list[Path]:
@@ -58,48 +30,12 @@ def images(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def worker(images: list[Path]) -> Any:
-    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
-
-    from hotweights.adapters.mapped import MappedImage
-
-    model = Model()
-    record_metadata_for_reloading(model)
-    with torch.no_grad():
-        model.load_weights(MappedImage(images[0], {}))
-    config = SimpleNamespace(
-        load_config=SimpleNamespace(load_format="auto"),
-        parallel_config=SimpleNamespace(local_world_size=1, world_size=1),
-        lora_config=None,
-    )
-    runner = SimpleNamespace(get_model=lambda: model, kv_caches=[])
-    return SimpleNamespace(
-        model_runner=runner,
-        vllm_config=config,
-        model_config=SimpleNamespace(model=str(images[0]), dtype=torch.float32),
-        device="cpu",
-    )
+    return a_worker(images[0])
 
 
 @pytest.fixture
 def rank(worker: Any) -> Rank:
     return Rank(worker)
-
-
-def weight(rank: Rank) -> torch.Tensor:
-    return rank.model.get_parameter("one.weight").data
-
-
-def until(done: Callable[[], Any]) -> Any:
-    ends = time.monotonic() + DEADLINE_S
-    while not (found := done()):
-        assert time.monotonic() < ends
-        time.sleep(0.005)
-    return found
-
-
-def prepared(rank: Rank, image: Path, base: Path | None, **more: bool) -> Any:
-    rank.prepare(image, {}, base=base, **more)
-    return until(rank.prepared)
 
 
 def test_it_goes_there_and_back(rank: Rank, images: list[Path]) -> None:

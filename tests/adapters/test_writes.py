@@ -5,8 +5,17 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hotweights.adapters.device_writes import Budget, DeviceElements, DeviceWhole, device_write
-from hotweights.adapters.writes import Elements, Function, Reversed, Whole, Write, difference, host_write, proof_of
+from hotweights.adapters.device_writes import Budget, DeviceElements, DeviceWhole, DeviceWrite, ReadBack, device_write
+from hotweights.adapters.writes import (
+    Elements,
+    Function,
+    Reversed,
+    Whole,
+    Write,
+    difference,
+    host_write,
+    proof_of,
+)
 
 SIZE = 16 * 1024
 ON_DEVICE: dict[type, type] = {Elements: DeviceElements, Whole: DeviceWhole}
@@ -144,14 +153,15 @@ def test_a_proof_shows_what_was_not_written_and_what_was_spoilt() -> None:
 
 
 def test_the_proof_of_bytes_shows_each_flipped_bit_and_blocks_that_changed_places() -> None:
-    data = torch.randint(0, 256, (3 * 8192 + 5,), dtype=torch.uint8)
+    block = 8192
+    data = torch.randint(0, 256, (3 * block + 5,), dtype=torch.uint8)
     proof = proof_of(data)
-    for at in (0, 8191, 8192, 3 * 8192 - 1, 3 * 8192, len(data) - 1):
+    for at in (0, block - 1, block, 3 * block - 1, 3 * block, len(data) - 1):
         data[at] ^= 1
         assert proof_of(data) != proof, at
         data[at] ^= 1
     assert proof_of(data) == proof
-    swapped = torch.cat([data[8192:16384], data[:8192], data[16384:]])
+    swapped = torch.cat([data[block : 2 * block], data[:block], data[2 * block :]])
     assert proof_of(swapped) != proof
 
 
@@ -185,7 +195,8 @@ def test_a_write_that_was_done_is_one_the_other_way_round() -> None:
 
 
 def test_what_is_beyond_the_budget_stays_on_the_host_and_is_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hotweights.adapters.device_writes.PLACES_AT_ONCE", 100)
+    for name in ("PIECE_BYTES", "BLOCK_BYTES"):
+        monkeypatch.setattr(f"hotweights.adapters.device_writes.{name}", 1024)
     live = drawn()
     before, new = live.clone(), live.clone()
     few(new)
@@ -198,3 +209,36 @@ def test_what_is_beyond_the_budget_stays_on_the_host_and_is_written_in_pieces(mo
     assert bits(live) == bits(new)
     write.undo()
     assert bits(live) == bits(before)
+    assert write.proof() == write.old_proof
+
+
+@pytest.mark.parametrize("piece", [1024, 1 << 20], ids=["in pieces", "at once"])
+def test_all_that_was_written_to_a_device_is_read_back_together_and_what_is_wrong_is_named(
+    monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr("hotweights.adapters.device_writes.PIECE_BYTES", piece)
+    monkeypatch.setattr("hotweights.adapters.device_writes.BLOCK_BYTES", 1024)
+    changes = (most, few, a_row, the_last, most, few)
+    lives = [drawn() if at else torch.arange(1001, dtype=torch.int16) for at in range(len(changes))]
+    news = [live.clone() for live in lives]
+    writes = []
+    for live, new, change in zip(lives, news, changes, strict=True):
+        change(new)
+        write = made(live, new, 1 << 30)
+        assert isinstance(write, DeviceWrite)
+        writes.append(write)
+    reader = ReadBack(writes, reversed_ones={5})
+    for write in writes[:5]:
+        write.write()
+    assert reader.differing(written=True) is None
+    assert reader.differing(written=False) is not None
+    for at, (live, new) in enumerate(zip(lives[:5], news[:5], strict=True)):
+        place = int((new != drawn() if at else new != torch.arange(1001, dtype=torch.int16)).nonzero()[-1])
+        live[place] += 1
+        assert reader.differing(written=True) == at
+        live[place] -= 1
+    assert reader.differing(written=True) is None
+    for write in writes[:5]:
+        write.undo()
+    writes[5].write()
+    assert reader.differing(written=False) is None

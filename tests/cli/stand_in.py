@@ -16,6 +16,7 @@ ROUTES = fleet_pb2.Routes(
     reload_modules=2,
     reload_bytes=12_000_000,
     reasons=["model.layers.0.mlp.experts: repacked after loading"],
+    sources=["cuda-ipc: 844 MiB of GPU-1 of another process"],
 )
 
 

@@ -48,6 +48,10 @@ def test_routes_are_one_line_of_those_there_are() -> None:
     assert written(routes) == "direct 1 module 999 B · assembled 30 modules 2.0 MB"
     routes = fleet_pb2.Routes(reload_modules=7, reload_bytes=1_500, reasons=["a: repacked", "b: tied"])
     assert written(routes) == "reload 7 modules 1.5 kB (a: repacked; b: tied)"
+    routes = fleet_pb2.Routes(
+        direct_modules=1, direct_bytes=999, sources=["cuda-ipc: 1 MiB of GPU-1", "host memory: no"]
+    )
+    assert written(routes) == "direct 1 module 999 B; from cuda-ipc: 1 MiB of GPU-1; host memory: no"
 
 
 def test_routes_are_shown_of_replicas_that_said_them() -> None:

@@ -96,10 +96,11 @@ def test_status_shows_how_the_replica_is_written_and_with_whom_it_is_compared(ag
         **{"direct_modules": 214, "direct_bytes": 886_000_000, "assembled_modules": 0, "assembled_bytes": 0},
         **{"reload_modules": 2, "reload_bytes": 12_000_000},
         "reasons": ["model.layers.0.mlp.experts: repacked after loading"],
+        "sources": ["cuda-ipc: 844 MiB of GPU-1 of another process"],
     }
     line = (
         "stand-in  direct 214 modules 886.0 MB · reload 2 modules 12.0 MB "
-        "(model.layers.0.mlp.experts: repacked after loading)"
+        "(model.layers.0.mlp.experts: repacked after loading); from cuda-ipc: 844 MiB of GPU-1 of another process"
     )
     assert line in agent.text("coord-status")
 

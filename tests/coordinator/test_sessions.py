@@ -325,6 +325,7 @@ async def test_routes_and_kind_are_shown_as_they_were_said(live: Live) -> None:
         reload_modules=3,
         reload_bytes=30,
         reasons=["model.layers.0.mlp.experts: repacked after loading"],
+        sources=["cuda-ipc: 5 MiB of GPU-1 of another process"],
     )
     await through_an_update(live, agent, replica, routes)
     (shown,) = (await live.status()).replicas
@@ -340,10 +341,11 @@ async def test_reasons_of_routes_are_cut_and_the_first_are_kept(live: Live) -> N
     replica = await Wire(live).hello(replica_hello("r1", "v1"))
     await soon(live.service.StartUpdate(pb.StartUpdateRequest(model="m", version="v2")))
     reasons = ["r" * 300, "r" * 3_000, *(f"reason {n}" for n in range(20_000))]
-    await through_an_update(live, agent, replica, fleet_pb2.Routes(reasons=reasons))
+    await through_an_update(live, agent, replica, fleet_pb2.Routes(reasons=reasons, sources=reasons))
     (shown,) = (await live.status()).replicas
     cut = "r" * 300 + "... (2700 more characters)"
     assert list(shown.routes.reasons) == ["r" * 300, cut, *(f"reason {n}" for n in range(6))]
+    assert shown.routes.sources == shown.routes.reasons
     for wire in (agent, replica):
         await wire.close()
 

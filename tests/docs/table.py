@@ -130,6 +130,7 @@ SITTINGS = (
         before=COORDINATOR,
         needs="vllm",
     ),
+    Sitting("docs/TRANSFER.md", ("from hotweights.publish import publish_module",), before=FLEET, python=MODULE),
     Sitting(
         "docs/VLLM_INTEGRATION.md",
         ("from hotweights.adapters.vllm_extension import HotweightsWorkerExtension",),

@@ -297,7 +297,8 @@ def _seeds() -> list[bytes]:
     published = _publishes(pb.PublishHeader(model="m", version="v", start_update=True))
     started = _says(1) + published + _says(0, worker_service_pb2.SessionRequest(), _report(staged={}))
     window = update_pb2.WindowTimes(quiesce_ms=float("nan"), apply_ms=float("inf"), total_ms=-1)
-    routes = fleet_pb2.Routes(direct_modules=(1 << 32) - 1, reload_bytes=(1 << 64) - 1, reasons=["x\0y"] * 9)
+    lines = ["x\0y"] * 9
+    routes = fleet_pb2.Routes(direct_modules=(1 << 32) - 1, reload_bytes=(1 << 64) - 1, reasons=lines, sources=lines)
     reports = [
         _report(stage_progress=worker_service_pb2.StageProgress(manifest_digest=DIGEST, bytes_done=(1 << 64) - 1)),
         _report(staged=worker_service_pb2.Staged(manifest_digest=DIGEST)),

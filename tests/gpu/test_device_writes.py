@@ -41,7 +41,7 @@ def test_a_write_goes_there_and_back_bit_for_bit_at_the_same_address(share: floa
 
 
 def test_a_proof_is_the_same_on_the_device_and_on_the_host() -> None:
-    data = torch.randint(0, 256, (3 * 8192 + 5,), dtype=torch.uint8)
+    data = torch.randint(0, 256, (3 * 32768 + 5,), dtype=torch.uint8)
     assert proof_of(data.cuda()) == proof_of(data)
 
 

@@ -97,6 +97,74 @@ class ReleaseImageResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class DeviceMemory(_message.Message):
+    __slots__ = ("device_uuid", "handle", "seal", "ranges")
+    DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    SEAL_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    device_uuid: str
+    handle: bytes
+    seal: bytes
+    ranges: _containers.RepeatedCompositeFieldContainer[DeviceRange]
+    def __init__(self, device_uuid: _Optional[str] = ..., handle: _Optional[bytes] = ..., seal: _Optional[bytes] = ..., ranges: _Optional[_Iterable[_Union[DeviceRange, _Mapping]]] = ...) -> None: ...
+
+class DeviceRange(_message.Message):
+    __slots__ = ("file", "file_offset", "memory_offset", "size_bytes")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    FILE_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    file: str
+    file_offset: int
+    memory_offset: int
+    size_bytes: int
+    def __init__(self, file: _Optional[str] = ..., file_offset: _Optional[int] = ..., memory_offset: _Optional[int] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class LendImageRequest(_message.Message):
+    __slots__ = ("manifest_digest", "memories", "lease_s")
+    MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MEMORIES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    manifest_digest: bytes
+    memories: _containers.RepeatedCompositeFieldContainer[DeviceMemory]
+    lease_s: float
+    def __init__(self, manifest_digest: _Optional[bytes] = ..., memories: _Optional[_Iterable[_Union[DeviceMemory, _Mapping]]] = ..., lease_s: _Optional[float] = ...) -> None: ...
+
+class LendImageResponse(_message.Message):
+    __slots__ = ("borrowers",)
+    BORROWERS_FIELD_NUMBER: _ClassVar[int]
+    borrowers: int
+    def __init__(self, borrowers: _Optional[int] = ...) -> None: ...
+
+class BorrowImageRequest(_message.Message):
+    __slots__ = ("manifest_digest", "client_id")
+    MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    manifest_digest: bytes
+    client_id: str
+    def __init__(self, manifest_digest: _Optional[bytes] = ..., client_id: _Optional[str] = ...) -> None: ...
+
+class BorrowImageResponse(_message.Message):
+    __slots__ = ("memories", "left_s")
+    MEMORIES_FIELD_NUMBER: _ClassVar[int]
+    LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    memories: _containers.RepeatedCompositeFieldContainer[DeviceMemory]
+    left_s: float
+    def __init__(self, memories: _Optional[_Iterable[_Union[DeviceMemory, _Mapping]]] = ..., left_s: _Optional[float] = ...) -> None: ...
+
+class ReturnImageRequest(_message.Message):
+    __slots__ = ("manifest_digest", "client_id")
+    MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    manifest_digest: bytes
+    client_id: str
+    def __init__(self, manifest_digest: _Optional[bytes] = ..., client_id: _Optional[str] = ...) -> None: ...
+
+class ReturnImageResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class GetAgentStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -60,6 +60,21 @@ class AgentServiceStub(object):
                 request_serializer=hotweights_dot_v1_dot_agent__service__pb2.ReleaseImageRequest.SerializeToString,
                 response_deserializer=hotweights_dot_v1_dot_agent__service__pb2.ReleaseImageResponse.FromString,
                 _registered_method=True)
+        self.LendImage = channel.unary_stream(
+                '/hotweights.v1.AgentService/LendImage',
+                request_serializer=hotweights_dot_v1_dot_agent__service__pb2.LendImageRequest.SerializeToString,
+                response_deserializer=hotweights_dot_v1_dot_agent__service__pb2.LendImageResponse.FromString,
+                _registered_method=True)
+        self.BorrowImage = channel.unary_unary(
+                '/hotweights.v1.AgentService/BorrowImage',
+                request_serializer=hotweights_dot_v1_dot_agent__service__pb2.BorrowImageRequest.SerializeToString,
+                response_deserializer=hotweights_dot_v1_dot_agent__service__pb2.BorrowImageResponse.FromString,
+                _registered_method=True)
+        self.ReturnImage = channel.unary_unary(
+                '/hotweights.v1.AgentService/ReturnImage',
+                request_serializer=hotweights_dot_v1_dot_agent__service__pb2.ReturnImageRequest.SerializeToString,
+                response_deserializer=hotweights_dot_v1_dot_agent__service__pb2.ReturnImageResponse.FromString,
+                _registered_method=True)
         self.GetAgentStatus = channel.unary_unary(
                 '/hotweights.v1.AgentService/GetAgentStatus',
                 request_serializer=hotweights_dot_v1_dot_agent__service__pb2.GetAgentStatusRequest.SerializeToString,
@@ -106,6 +121,28 @@ class AgentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LendImage(self, request, context):
+        """Lends a copy of an image that lies in GPU memory to this node's engines. It lasts as long as the call, and may be
+        freed when that ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BorrowImage(self, request, context):
+        """Where that copy is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReturnImage(self, request, context):
+        """The client reads it no more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetAgentStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -139,6 +176,21 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.ReleaseImage,
                     request_deserializer=hotweights_dot_v1_dot_agent__service__pb2.ReleaseImageRequest.FromString,
                     response_serializer=hotweights_dot_v1_dot_agent__service__pb2.ReleaseImageResponse.SerializeToString,
+            ),
+            'LendImage': grpc.unary_stream_rpc_method_handler(
+                    servicer.LendImage,
+                    request_deserializer=hotweights_dot_v1_dot_agent__service__pb2.LendImageRequest.FromString,
+                    response_serializer=hotweights_dot_v1_dot_agent__service__pb2.LendImageResponse.SerializeToString,
+            ),
+            'BorrowImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.BorrowImage,
+                    request_deserializer=hotweights_dot_v1_dot_agent__service__pb2.BorrowImageRequest.FromString,
+                    response_serializer=hotweights_dot_v1_dot_agent__service__pb2.BorrowImageResponse.SerializeToString,
+            ),
+            'ReturnImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReturnImage,
+                    request_deserializer=hotweights_dot_v1_dot_agent__service__pb2.ReturnImageRequest.FromString,
+                    response_serializer=hotweights_dot_v1_dot_agent__service__pb2.ReturnImageResponse.SerializeToString,
             ),
             'GetAgentStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAgentStatus,
@@ -282,6 +334,87 @@ class AgentService(object):
             '/hotweights.v1.AgentService/ReleaseImage',
             hotweights_dot_v1_dot_agent__service__pb2.ReleaseImageRequest.SerializeToString,
             hotweights_dot_v1_dot_agent__service__pb2.ReleaseImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LendImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hotweights.v1.AgentService/LendImage',
+            hotweights_dot_v1_dot_agent__service__pb2.LendImageRequest.SerializeToString,
+            hotweights_dot_v1_dot_agent__service__pb2.LendImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BorrowImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hotweights.v1.AgentService/BorrowImage',
+            hotweights_dot_v1_dot_agent__service__pb2.BorrowImageRequest.SerializeToString,
+            hotweights_dot_v1_dot_agent__service__pb2.BorrowImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReturnImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hotweights.v1.AgentService/ReturnImage',
+            hotweights_dot_v1_dot_agent__service__pb2.ReturnImageRequest.SerializeToString,
+            hotweights_dot_v1_dot_agent__service__pb2.ReturnImageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -66,7 +66,7 @@ class Rank(_message.Message):
     def __init__(self, index: _Optional[int] = ..., node_id: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class Routes(_message.Message):
-    __slots__ = ("direct_modules", "direct_bytes", "assembled_modules", "assembled_bytes", "reload_modules", "reload_bytes", "reasons")
+    __slots__ = ("direct_modules", "direct_bytes", "assembled_modules", "assembled_bytes", "reload_modules", "reload_bytes", "reasons", "sources")
     DIRECT_MODULES_FIELD_NUMBER: _ClassVar[int]
     DIRECT_BYTES_FIELD_NUMBER: _ClassVar[int]
     ASSEMBLED_MODULES_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,7 @@ class Routes(_message.Message):
     RELOAD_MODULES_FIELD_NUMBER: _ClassVar[int]
     RELOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     REASONS_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
     direct_modules: int
     direct_bytes: int
     assembled_modules: int
@@ -81,7 +82,8 @@ class Routes(_message.Message):
     reload_modules: int
     reload_bytes: int
     reasons: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, direct_modules: _Optional[int] = ..., direct_bytes: _Optional[int] = ..., assembled_modules: _Optional[int] = ..., assembled_bytes: _Optional[int] = ..., reload_modules: _Optional[int] = ..., reload_bytes: _Optional[int] = ..., reasons: _Optional[_Iterable[str]] = ...) -> None: ...
+    sources: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, direct_modules: _Optional[int] = ..., direct_bytes: _Optional[int] = ..., assembled_modules: _Optional[int] = ..., assembled_bytes: _Optional[int] = ..., reload_modules: _Optional[int] = ..., reload_bytes: _Optional[int] = ..., reasons: _Optional[_Iterable[str]] = ..., sources: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Replica(_message.Message):
     __slots__ = ("id", "model", "connected", "ready", "excluded", "desired_version", "active_version", "active_digest", "last_window", "fingerprints", "ranks", "engine", "note", "routes", "fingerprint_kind")

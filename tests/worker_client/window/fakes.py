@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from hotweights.v1 import worker_service_pb2 as pb
+from hotweights.v1.agent_service_pb2 import BorrowImageResponse
 from hotweights.wire.errors import Refused
 from hotweights.worker_client.window.engine import EngineFacts, EngineFailed, PauseMode, Process, Status
 
@@ -26,6 +27,7 @@ class FakeEngine:
         self.killed = ""
         self.ended: tuple[Process, ...] = ()
         self.device = "cpu"
+        self.lent: dict[str, Any] = {}
         self.condemned = ""
         self.asleep = 0
         self.owner_paused = False
@@ -99,6 +101,7 @@ class FakeEngine:
 
     def _prepare(self, rank: int, folder: str, name_map: dict[str, str], options: dict[str, Any]) -> Status:
         self.checks_finite, self.base, self.anew = options["check_finite"], options["base"], options["anew"]
+        self.lent = options["lent"]
         self.prepared, self.kept = folder, None
         return {}
 
@@ -106,7 +109,9 @@ class FakeEngine:
         expected = self.expected(rank) if self.expects else b""
         told = {"fingerprint": self.proof(rank), "expected": expected, "caches_spoilt": self.caches_spoilt}
         reasons = [f"layer {rank}: for a reason", "all: packed"]
-        routes = {"direct": (3, 30), "assembled": (0, 0), "reload": (rank, 7 * rank), "reasons": reasons}
+        sources = [f"cuda-ipc: of GPU-{rank}", "all the same"] if self.lent else []
+        of_routes = {"direct": (3, 30), "assembled": (0, 0), "reload": (rank, 7 * rank)}
+        routes = {**of_routes, "reasons": reasons, "sources": sources}
         return {"done": True, "routes": routes, **told}
 
     def _apply(self, rank: int, folder: str) -> Status:
@@ -180,6 +185,8 @@ class FakeAgent:
         self.mapped: list[bytes] = []
         self.altered_once_mapped: set[bytes] = set()
         self.folders: dict[bytes, Path] = {}
+        self.lent: BorrowImageResponse | None = None
+        self.borrowed: list[bytes] = []
         self.closed = False
 
     async def identify_folder(self, folder: Path) -> bytes:
@@ -196,6 +203,14 @@ class FakeAgent:
 
     async def release_image(self, digest: bytes, client_id: str) -> None:
         self.mapped.remove(digest)
+
+    async def borrow_image(self, digest: bytes, client_id: str) -> BorrowImageResponse:
+        if self.lent is not None:
+            self.borrowed.append(digest)
+        return self.lent or BorrowImageResponse()
+
+    async def return_image(self, digest: bytes, client_id: str) -> None:
+        self.borrowed.remove(digest)
 
     async def close(self) -> None:
         self.closed = True

@@ -4,12 +4,15 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import grpc
 import pytest
 from tests.worker_client.window.benches import V1, V2, V3, Bench, running, until
 from tests.worker_client.window.fakes import FakeAgent, FakeEngine, FakeStream, fails, hangs, refuses
 
 from hotweights.v1 import update_pb2
 from hotweights.v1 import worker_service_pb2 as pb
+from hotweights.v1.agent_service_pb2 import BorrowImageResponse, DeviceMemory
+from hotweights.wire.errors import Refused
 from hotweights.worker_client.window.controller import Identity, ReplicaController
 from hotweights.worker_client.window.identify import Images
 
@@ -243,6 +246,47 @@ async def test_the_routes_of_all_ranks_are_reported_together(bench: Bench) -> No
     assert (routes.direct_modules, routes.direct_bytes) == (6, 60)
     assert (routes.reload_modules, routes.reload_bytes) == (1, 7)
     assert list(routes.reasons) == ["layer 0: for a reason", "all: packed", "layer 1: for a reason"]
+
+
+def lends(bench: Bench) -> None:
+    memory = DeviceMemory(device_uuid="GPU-0", handle=b"h" * 64, seal=b"s")
+    memory.ranges.add(file="model.safetensors", file_offset=8, memory_offset=64, size_bytes=100)
+    bench.agent.lent = BorrowImageResponse(memories=[memory], left_s=60.0)
+
+
+@pytest.mark.parametrize("committed", [True, False])
+async def test_what_is_lent_goes_to_the_ranks_and_back_once_they_let_go_of_it(bench: Bench, committed: bool) -> None:
+    lends(bench)
+    routes = (await bench.prepare(V2)).prepared.routes
+    assert bench.engine.lent == {
+        "left_s": 60.0,
+        "memories": [
+            {"device": "GPU-0", "handle": b"h" * 64, "seal": b"s", "ranges": [("model.safetensors", 8, 64, 100)]}
+        ],
+    }
+    assert list(routes.sources) == ["cuda-ipc: of GPU-0", "all the same", "cuda-ipc: of GPU-1"]
+    await bench.apply(V2)
+    assert bench.agent.borrowed == [V2]
+    if not committed:
+        await bench.apply(V1, restore=True)
+    await bench.end(committed=committed)
+    assert bench.agent.borrowed == []
+
+
+async def test_what_was_lent_for_an_image_that_the_ranks_refuse_goes_back(bench: Bench) -> None:
+    lends(bench)
+    refuses(bench.engine, "prepare", "no")
+    assert (await bench.prepare(V2)).WhichOneof("event") == "prepare_failed"
+    assert bench.agent.borrowed == []
+
+
+async def test_an_agent_that_cannot_say_what_is_lent_is_no_obstacle(bench: Bench) -> None:
+    async def unknown(digest: bytes, client_id: str) -> BorrowImageResponse:
+        raise Refused(grpc.StatusCode.UNIMPLEMENTED, "", "an agent of a version before")
+
+    bench.agent.borrow_image = unknown  # type: ignore[method-assign]
+    assert (await bench.prepare(V2)).WhichOneof("event") == "prepared"
+    assert bench.engine.lent == {}
 
 
 async def test_after_a_commit_the_ranks_keep_the_way_back_ready(bench: Bench) -> None:

@@ -1,42 +1,251 @@
 """Writes into a device's memory: places and values lie there before the pause, as far as a budget goes.
 
     host: old values, new values --upload while serving--> device memory   (within the budget)
-                                 --copy-----------------> pinned memory    (the rest: uploaded in the pause)
+                                 --pin in place----------> the host's own  (the rest: uploaded in the pause)
+    device memory of another process, lent to us -----------------------> read where it is
 
-In the pause there are one or a few launches a storage and no copy back but of sums. Nothing is moved or allocated anew,
-so that addresses stay as CUDA graphs recorded them.
+In the pause there are one or a few launches a storage and no copy back but of sums. Nothing that serves is moved or
+allocated anew, so that addresses stay as CUDA graphs recorded them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from blake3 import blake3
 
 from hotweights.adapters.undo import storage_bytes
-from hotweights.adapters.writes import Difference, Write, proof_of
+from hotweights.adapters.writes import Difference
 
-PLACES_AT_ONCE = 1 << 22  # of what is uploaded or read back in the pause: 32 MiB of places
+PIECE_BYTES = 32 << 20
+"""Of places and values that are uploaded, and of values that are read back, at a time in the pause."""
+BLOCK_BYTES = 32 << 10
+"""That one sum stands for when they are read back."""
+IN_PLACE_BYTES = 33 << 20
+"""From here on memory is pinned where it lies: a tenth of the time that a pinned copy takes (75 ms a GiB on an H200).
+Of what is smaller, glibc may have two on one page, and a page is pinned once."""
 
 
-@dataclass
+class Placed:
+    """Values for a device: on it, or in pinned memory of the host; the device reads both by itself."""
+
+    def __init__(self, host: torch.Tensor, device: torch.device, on_device: bool) -> None:
+        self._unpin = None
+        self.tensor = host
+        if on_device:
+            self.tensor = host.to(device)
+        elif device.type == "cuda" and not self._pin(host):
+            self.tensor = host.pin_memory()
+
+    def _pin(self, host: torch.Tensor) -> bool:
+        if host.nbytes < IN_PLACE_BYTES or not host.is_contiguous():
+            return False
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):  # a page of it is pinned for another
+            return False
+        self._unpin = runtime.cudaHostUnregister
+        return True
+
+    def __del__(self) -> None:
+        if self._unpin is not None:
+            self._unpin(self.tensor.data_ptr())
+
+
+class _Slot:
+    """Device memory that pieces pass through. Two of them: one is filled while the other is written from."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = {kind: torch.empty(PIECE_BYTES, dtype=torch.uint8, device=device) for kind in ("places", "new")}
+        self.filled, self.free = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
+
+    def fill(self, places: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        filled = []
+        for memory, host in zip(self._memory.values(), (places, values), strict=True):
+            target = memory[: host.nbytes].view(host.dtype).view(host.shape)
+            filled.append(target.copy_(host, non_blocking=True))
+        return filled[0], filled[1]
+
+
+class Uploads:
+    """Pieces on their way to one CUDA device, each uploaded while the one before it is written."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._slots = [_Slot(device) for _ in range(2)]
+        self._next = 0
+
+    def scatter(self, live: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
+        """`places` and `values` are in pinned memory and no longer than PIECE_BYTES each."""
+        slot, self._next = self._slots[self._next], (self._next + 1) % len(self._slots)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(slot.free)
+            there, new = slot.fill(places, values)
+            slot.filled.record(self._stream)
+        writing = torch.cuda.current_stream(live.device)
+        writing.wait_event(slot.filled)
+        live.index_copy_(0, there, new)
+        slot.free.record(writing)
+
+
 class Budget:
     """Device memory that prepared writes may still take."""
 
-    left_bytes: int
+    def __init__(self, left_bytes: int) -> None:
+        self.left_bytes = left_bytes
+        self._uploads: dict[torch.device, Uploads] = {}
 
-    def placed(self, host: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """On the device if it fits, else in pinned memory of the host."""
-        if host.nbytes <= self.left_bytes:
+    def placed(self, host: torch.Tensor, device: torch.device) -> Placed:
+        """On the device if it fits, else pinned."""
+        fits = host.nbytes <= self.left_bytes
+        if fits:
             self.left_bytes -= host.nbytes
-            return host.to(device)
-        return host.pin_memory() if device.type == "cuda" else host
+        return Placed(host, device, fits)
+
+    def uploads(self, device: torch.device) -> Uploads | None:
+        """For what does not fit; its own memory, 128 MiB, is beside the budget. None for what is no CUDA device."""
+        if device.type != "cuda":
+            return None
+        if device not in self._uploads:
+            self._uploads[device] = Uploads(device)
+        return self._uploads[device]
 
 
-class DeviceElements:
-    """Some values of a storage, or runs of them, by their places."""
+class DeviceWrite:
+    """Is proven when all writes of the update are on their way: see ReadBack."""
 
     on_host = False
+    new_bytes: int
+    new_sums: torch.Tensor
+    old_sums: torch.Tensor
+    """What ReadBack finds where it was written, and where it was not."""
+
+    def write(self) -> None:
+        raise NotImplementedError
+
+    def undo(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def new_proof(self) -> bytes:
+        return _proof(self.new_sums)
+
+    @property
+    def old_proof(self) -> bytes:
+        return _proof(self.old_sums)
+
+    def proof(self) -> bytes:
+        return _proof(ReadBack([self]).sums())
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    def summed_in_place(self) -> torch.Tensor | None:
+        """Bytes on the device, whole blocks, which are written all."""
+
+    def gathered(self) -> Iterator["Part"]:
+        """What else is written, in parts of at most PIECE_BYTES."""
+        return iter(())
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes that lie here and there, and how they are brought together on the device, in memory for so many."""
+
+    size: int
+    into: Callable[[torch.Tensor], object]
+
+
+class ReadBack:
+    """Of device writes: what is there now, as the sums of blocks of words, with few launches and one copy to the host.
+
+    What is written whole is summed where it lies; the rest is gathered, much at a time, and summed together. As many
+    storages as a model has, a launch more for each is milliseconds, and so is looking at each: all are compared at
+    once.
+    """
+
+    def __init__(self, writes: Sequence[DeviceWrite], reversed_ones: Collection[int] = ()) -> None:
+        """Takes its memory, PIECE_BYTES on the device, now. `reversed_ones`: by number, what is written is the old."""
+        self._device = writes[0].device
+        together = [_whole_blocks(write) for write in writes]
+        count = sum(len(write.new_sums) for write in writes)
+        on_device = torch.empty(count, dtype=torch.int64, device=self._device)
+        self._found = torch.empty(count, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        self._on_device = on_device
+        self._scratch = torch.empty(PIECE_BYTES, dtype=torch.uint8, device=self._device)
+        self._steps: list[Callable[[], object]] = []
+        self._batch: list[tuple[Part, torch.Tensor]] = []
+        at = 0
+        for blocks in together:
+            if len(blocks):
+                self._steps.append(partial(torch.sum, blocks, 1, out=on_device[at : at + len(blocks)]))
+            at += len(blocks)
+        for write in writes:
+            for part in write.gathered():
+                at = self._add(part, at)
+        self._flush(at)
+        self._counts = [len(blocks) for blocks in together]
+        pairs = [(write.old_sums, write.new_sums) for write in writes]
+        pairs = [pair[::-1] if at in reversed_ones else pair for at, pair in enumerate(pairs)]
+        self._expected = [self._ordered([pair[written] for pair in pairs]) for written in (False, True)]
+        self._lengths = [len(write.new_sums) for write in writes]
+
+    def _add(self, part: "Part", at: int) -> int:
+        """To the batch; a full one goes first. Gives where the next sums go."""
+        used = sum(len(place) for _, place in self._batch)
+        padded = -(-part.size // BLOCK_BYTES) * BLOCK_BYTES
+        if used + padded > PIECE_BYTES:
+            at, used = self._flush(at), 0
+        self._batch.append((part, self._scratch[used : used + padded]))
+        return at
+
+    def _flush(self, at: int) -> int:
+        batch, self._batch = self._batch, []
+        if not batch:
+            return at
+        self._steps.append(self._scratch.zero_)  # what no part fills counts as nothing
+        self._steps += [partial(part.into, place[: part.size]) for part, place in batch]
+        blocks = _blocks(self._scratch[: sum(len(place) for _, place in batch)])
+        self._steps.append(partial(torch.sum, blocks, 1, out=self._on_device[at : at + len(blocks)]))
+        return at + len(blocks)
+
+    def _ordered(self, sums: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Of all what lies together, then of all what is gathered: as they are found."""
+        both = list(zip(sums, self._counts, strict=True))
+        return torch.cat([one[:count] for one, count in both] + [one[count:] for one, count in both])
+
+    @torch.no_grad()
+    def differing(self, *, written: bool) -> int | None:
+        """The number of a write at whose place something else is than it wrote, or undid; None without one.
+
+        Waits for the device.
+        """
+        for step in self._steps:
+            step()
+        self._found.copy_(self._on_device, non_blocking=True)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        expected = self._expected[written]
+        if torch.equal(self._found, expected):
+            return None
+        first = int((self._found != expected).nonzero()[0])
+        return self._number(first)
+
+    def _number(self, at: int) -> int:
+        gathered = [length - count for length, count in zip(self._lengths, self._counts, strict=True)]
+        numbers = [number for counts in (self._counts, gathered) for number, n in enumerate(counts) for _ in range(n)]
+        return numbers[at]
+
+    def sums(self) -> torch.Tensor:
+        """What `differing` found, of the first write if there is but one."""
+        self.differing(written=True)
+        return self._found.clone()
+
+
+class DeviceElements(DeviceWrite):
+    """Some values of a storage, or runs of them, by their places."""
 
     def __init__(
         self, live: torch.Tensor, places: torch.Tensor, new: torch.Tensor, old: torch.Tensor, budget: Budget
@@ -44,76 +253,147 @@ class DeviceElements:
         """`live` is the storage on its device, of shape (runs, values of a run); the others are on the host."""
         self._live = live
         # First the places and what is to be: the way back is the rarer one.
-        self._places = budget.placed(places, live.device)
-        self._new = budget.placed(new, live.device)
-        self._old = budget.placed(old, live.device)
+        self._places, self._new, self._old = (budget.placed(host, live.device) for host in (places, new, old))
+        held = (self._places, self._new, self._old)
+        self._uploads = None
+        if any(placed.tensor.device != live.device for placed in held):
+            self._uploads = budget.uploads(live.device)
         self.new_bytes = new.nbytes
-        self.new_proof, self.old_proof = (_proof(_pieces(values)) for values in (new, old))
+        self._at_once = max(1, PIECE_BYTES // max(places.itemsize, live[0].nbytes))
+        self.new_sums, self.old_sums = (
+            torch.cat([_sums_of(part.view(-1).view(torch.uint8)) for part in self._pieces(values)])
+            for values in (new, old)
+        )
 
     @torch.no_grad()
     def write(self) -> None:
-        self._scatter(self._new)
+        self._scatter(self._new.tensor)
 
     @torch.no_grad()
     def undo(self) -> None:
-        self._scatter(self._old)
+        self._scatter(self._old.tensor)
 
     def _scatter(self, values: torch.Tensor) -> None:
         device = self._live.device
-        if self._places.device == device == values.device:
-            self._live.index_copy_(0, self._places, values)
+        if self._places.tensor.device == device == values.device:
+            self._live.index_copy_(0, self._places.tensor, values)
             return
-        for places, part in zip(_pieces(self._places), _pieces(values), strict=True):
-            self._live.index_copy_(0, places.to(device, non_blocking=True), part.to(device, non_blocking=True))
+        for places, part in zip(self._pieces(self._places.tensor), self._pieces(values), strict=True):
+            if self._uploads is None:
+                self._live.index_copy_(0, places, part)
+            else:
+                self._uploads.scatter(self._live, places, part)
 
-    def proof(self) -> bytes:
-        device = self._live.device
-        return _proof(self._live.index_select(0, places.to(device)) for places in _pieces(self._places))
+    @property
+    def device(self) -> torch.device:
+        return self._live.device
+
+    def gathered(self) -> Iterator[Part]:
+        row = self._live[0].nbytes
+        for places in self._pieces(self._places.tensor):
+            yield Part(len(places) * row, partial(self._gather, places))
+
+    def _gather(self, places: torch.Tensor, into: torch.Tensor) -> None:
+        there = places.to(self._live.device, non_blocking=True)
+        torch.index_select(self._live, 0, there, out=into.view(self._live.dtype).view(len(places), -1))
+
+    def _pieces(self, values: torch.Tensor) -> Iterator[torch.Tensor]:
+        """By so many places at a time: what is needed beside the budget is bounded."""
+        return iter(torch.split(values, self._at_once))
 
 
-class DeviceWhole:
+class DeviceWhole(DeviceWrite):
     """All of a storage."""
 
-    on_host = False
+    def __init__(
+        self,
+        live: torch.Tensor,
+        new: torch.Tensor,
+        old: torch.Tensor,
+        budget: Budget,
+        lent: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    ) -> None:
+        """`live` is the storage on its device as bytes, `new` and `old` are bytes on the host.
 
-    def __init__(self, live: torch.Tensor, new: torch.Tensor, old: torch.Tensor, budget: Budget) -> None:
-        """`live` is the storage on its device as bytes, `new` and `old` are bytes on the host."""
-        self._live = live
-        self._new = budget.placed(new, live.device)
+        `lent` are (view of the storage, device memory of others that it is to hold): then that is written, until
+        `let_go`, and `new` takes none of the budget.
+        """
+        self._live, self._lent = live, list(lent)
+        self._new = Placed(new, live.device, False) if lent else budget.placed(new, live.device)
         self._old = budget.placed(old, live.device)
         self.new_bytes = new.nbytes
-        self.new_proof, self.old_proof = proof_of(new), proof_of(old)
+        self.new_sums, self.old_sums = _sums_of(new), _sums_of(old)
+
+    def let_go(self) -> None:
+        """Of the memory of others: from now on what is to be comes from the host."""
+        self._lent.clear()
 
     @torch.no_grad()
     def write(self) -> None:
-        self._live.copy_(self._new, non_blocking=True)
+        if not self._lent:
+            self._live.copy_(self._new.tensor, non_blocking=True)
+        for target, source in self._lent:
+            target.copy_(source, non_blocking=True)
 
     @torch.no_grad()
     def undo(self) -> None:
-        self._live.copy_(self._old, non_blocking=True)
+        self._live.copy_(self._old.tensor, non_blocking=True)
 
-    def proof(self) -> bytes:
-        return proof_of(self._live)
+    @property
+    def device(self) -> torch.device:
+        return self._live.device
+
+    @property
+    def _whole_blocks(self) -> int:
+        return self._live.numel() - self._live.numel() % BLOCK_BYTES
+
+    def summed_in_place(self) -> torch.Tensor | None:
+        return self._live[: self._whole_blocks] if self._whole_blocks else None
+
+    def gathered(self) -> Iterator[Part]:
+        rest = self._live[self._whole_blocks :]
+        if len(rest):
+            yield Part(len(rest), lambda into: into.copy_(rest))
 
 
-def device_write(live: torch.UntypedStorage, found: Difference, budget: Budget) -> Write:
-    """What writes a difference to its storage, on a device; both sides of `found` are in host memory."""
+def _blocks(data: torch.Tensor) -> torch.Tensor:
+    return data.view(torch.int64).view(-1, BLOCK_BYTES // 8)
+
+
+def _whole_blocks(write: DeviceWrite) -> torch.Tensor:
+    data = write.summed_in_place()
+    return torch.empty(0, BLOCK_BYTES // 8, dtype=torch.int64) if data is None else _blocks(data)
+
+
+def _sums_of(data: torch.Tensor) -> torch.Tensor:
+    """Of bytes on the host, as ReadBack finds them: what is left of whole blocks counts as one."""
+    whole = data.numel() - data.numel() % BLOCK_BYTES
+    sums = _blocks(data[:whole]).sum(1)
+    if whole == data.numel():
+        return sums
+    rest = torch.zeros(BLOCK_BYTES, dtype=torch.uint8)
+    rest[: data.numel() - whole] = data[whole:]
+    return torch.cat((sums, _blocks(rest).sum(1)))
+
+
+def _proof(sums: torch.Tensor) -> bytes:
+    return blake3(sums.numpy().tobytes()).digest()
+
+
+def device_write(
+    live: torch.UntypedStorage,
+    found: Difference,
+    budget: Budget,
+    lent: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+) -> DeviceWrite:
+    """What writes a difference to its storage, on a device; both sides of `found` are in host memory.
+
+    `lent`, if all of it is to be written, is where from: see DeviceWhole. It must cover what differs.
+    """
     now, to_be = torch.from_numpy(found.now), torch.from_numpy(found.to_be)
     data = storage_bytes(live)
     if not found.run:
-        return DeviceWhole(data, to_be.view(torch.uint8), now.view(torch.uint8), budget)
+        return DeviceWhole(data, to_be.view(torch.uint8), now.view(torch.uint8), budget, lent)
     places = torch.from_numpy(found.places)
     new, old = (values.view(-1, found.run)[places] for values in (to_be, now))
     return DeviceElements(data.view(now.dtype).view(-1, found.run), places, new, old, budget)
-
-
-def _pieces(values: torch.Tensor) -> Iterator[torch.Tensor]:
-    """By so many places at a time: what is needed beside the budget is bounded."""
-    return iter(torch.split(values, PLACES_AT_ONCE))
-
-
-def _proof(pieces: Iterable[torch.Tensor]) -> bytes:
-    hasher = blake3()
-    for values in pieces:
-        hasher.update(proof_of(values.contiguous().view(-1).view(torch.uint8)))
-    return hasher.digest()

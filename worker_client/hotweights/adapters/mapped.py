@@ -61,9 +61,10 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies in its file, in bytes."""
+class Place:
+    """Where a tensor lies in an image: in a file, by its path in the folder, in bytes."""
 
+    file: str
     spec: TensorSpec
     start: int
     end: int
@@ -95,8 +96,9 @@ def _counted(names: list[str], whose: str = "") -> str:
     return " ".join(filter(None, (str(len(names)), "tensor" if one else "tensors", whose, "is" if one else "are")))
 
 
-def _header(path: Path) -> dict[str, _Place]:
+def _header(path: Path, prefix: str = "") -> dict[str, Place]:
     """The tensors of one file by name, in the order of their bytes. Raises BadImage."""
+    file_name = prefix + path.name
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -106,14 +108,14 @@ def _header(path: Path) -> dict[str, _Place]:
             entries: dict[str, Any] = json.loads(file.read(length))
         except ValueError as error:
             raise BadImage(f"{path.name}: its header is not JSON: {error}") from error
-    places: dict[str, _Place] = {}
+    places: dict[str, Place] = {}
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
         start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
         if not 0 <= start <= end <= size:
             raise BadImage(f"{path.name}: tensor {name} lies outside the file")
-        places[name] = _Place(TensorSpec(entry["dtype"], tuple(entry["shape"])), start, end)
+        places[name] = Place(file_name, TensorSpec(entry["dtype"], tuple(entry["shape"])), start, end)
     return dict(sorted(places.items(), key=lambda item: item[1].start))
 
 
@@ -169,6 +171,7 @@ class MappedImage:
         """Maps every file, with `draft` those of the draft model too. Raises BadImage, OSError."""
         self.folder = folder
         self.specs: dict[str, TensorSpec] = {}
+        self.places: dict[str, Place] = {}
         self._maps: list[mmap.mmap] = []
         self._stamps: dict[Path, tuple[int, int, int]] = {}
         self._tensors: dict[str, torch.Tensor] = {}
@@ -178,7 +181,7 @@ class MappedImage:
             raise BadImage(f"{folder}: no safetensors file with a tensor in it")
 
     def _map_file(self, path: Path, prefix: str, name_map: Mapping[str, str]) -> None:
-        places = _header(path)
+        places = _header(path, prefix)
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self._stamps[path] = _stamp(os.fstat(file.fileno()))
@@ -187,7 +190,7 @@ class MappedImage:
             name = renamed(prefix + original, name_map)
             if name in self.specs:
                 raise BadImage(f"tensor {original}: the name {name} is taken by another tensor")
-            self.specs[name] = place.spec
+            self.specs[name], self.places[name] = place.spec, place
             self._tensors[name] = _tensor_at(mapped, original, place)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -238,8 +241,13 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_ctime_ns
 
 
-def _tensor_at(mapped: mmap.mmap, name: str, place: _Place) -> torch.Tensor:
-    dtype = _DTYPES.get(place.spec.dtype)
+def torch_dtype(spec: TensorSpec) -> torch.dtype | None:
+    """None for what is not known here."""
+    return _DTYPES.get(spec.dtype)
+
+
+def _tensor_at(mapped: mmap.mmap, name: str, place: Place) -> torch.Tensor:
+    dtype = torch_dtype(place.spec)
     if dtype is None:
         raise BadImage(f"tensor {name}: its dtype {place.spec.dtype} is not known here")
     count = math.prod(place.spec.shape)

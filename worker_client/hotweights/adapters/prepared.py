@@ -6,6 +6,7 @@ from typing import Any
 
 from hotweights.adapters import kv_cache
 from hotweights.adapters.jobs import Job, quietly
+from hotweights.adapters.lent import LentImage
 from hotweights.adapters.mapped import MappedImage, TensorSpec
 from hotweights.adapters.update import Made
 
@@ -22,10 +23,15 @@ class Prepared:
         made: Made,
         specs: Mapping[str, TensorSpec],
         base: MappedImage | None = None,
+        lent: LentImage | None = None,
     ) -> None:
-        """`image` is what the writes read from, `specs` are of what is served after it, `base` is what is served."""
+        """`image` is what the writes read from, `specs` are of what is served after it, `base` is what is served.
+
+        `lent` is what they read from instead, as far as it goes.
+        """
         self.folder = folder
         self.base = base
+        self.lent = lent
         self.image = image
         self.specs = specs
         self._made: Made | None = made
@@ -42,11 +48,18 @@ class Prepared:
 
     def drop(self) -> None:
         """Frees its memory, in whatever thread this is."""
+        self.give_back()
         made, self._made = self.made, None
         made.drop()
         del made
         if self.base is not None:
             self.base.close()
+
+    def give_back(self) -> None:
+        """What was lent; what reads from it reads from the image instead."""
+        lent, self.lent = self.lent, None
+        if lent is not None:
+            lent.close()
 
     def way_back(self, folder: Path) -> "Prepared | None":
         """Of one that was applied, as one to apply, of the image in `folder`; None where there is none.

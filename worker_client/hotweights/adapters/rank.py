@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from hotweights.adapters.fingerprint import (
 )
 from hotweights.adapters.finite import check_finite as check_all_finite
 from hotweights.adapters.jobs import Job, quietly
+from hotweights.adapters.lent import LentImage
 from hotweights.adapters.mapped import BadImage, MappedImage, TensorSpec, check_specs, has_draft, read_specs
 from hotweights.adapters.plans import Plans
 from hotweights.adapters.prepared import PROBE_SLICE_S, Prepared
@@ -76,6 +78,10 @@ class Rank:
         """With the draft that belongs to it."""
         return model_of(self._worker)
 
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(getattr(self._worker, "device", "cpu"))
+
     # Preparing
 
     def prepare(
@@ -86,10 +92,11 @@ class Rank:
         check_finite: bool = False,
         base: Path | None = None,
         anew: bool = False,
+        lent: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Starts to prepare; the same folder again goes on with what was begun, unless `anew`.
 
-        `base` is the image that is installed, where one is known.
+        `base` is the image that is installed, where one is known; `lent` is what LentImage takes.
         """
         held = self._prepared
         same = self._folder == folder and (self._checking or not check_finite) and not anew
@@ -107,7 +114,8 @@ class Rank:
         dropping, self._dropping = self._dropping, []
         self._folder, self._checking = folder, check_finite
         self._job = Job(
-            "prepare", lambda: quietly(lambda: self._prepare(folder, names, check_finite, base, retained, dropping))
+            "prepare",
+            lambda: quietly(lambda: self._prepare(folder, names, check_finite, base, lent, retained, dropping)),
         )
 
     def _prepare(
@@ -116,6 +124,7 @@ class Rank:
         name_map: Mapping[str, str],
         check_finite: bool,
         base: Path | None,
+        lent: Mapping[str, Any],
         retained: Prepared | None,
         dropping: list[Job],
     ) -> Prepared:
@@ -151,16 +160,17 @@ class Rank:
         except Exception:
             image.close()
             raise
+        borrowed = LentImage(lent, image, self._device) if lent else None
         try:
-            made = self._make(image, installed, whole=served is not None)
+            made = self._make(image, installed, borrowed, whole=served is not None)
         except Exception:
-            for mapped in (image, installed):
-                if mapped is not None:
-                    mapped.close()
+            for opened in (borrowed, image, installed):
+                if opened is not None:
+                    opened.close()
             raise
-        return Prepared(folder, image, made, image.specs, installed)
+        return Prepared(folder, image, made, image.specs, installed, borrowed)
 
-    def _make(self, image: MappedImage, base: MappedImage | None, *, whole: bool) -> Made:
+    def _make(self, image: MappedImage, base: MappedImage | None, lent: LentImage | None, *, whole: bool) -> Made:
         """By HOTWEIGHTS_ROUTE; `auto` takes for each module the first route that is known to be right."""
         wanted, model = load_config().route, self.model
         self._plans.check_together(model, image)
@@ -175,7 +185,9 @@ class Rank:
         # Whoever asks for vLLM's reload has it without a rehearsal.
         rehearsal = base if not self._plans.rehearsed and wanted != "reload" else None
         plan, budget = self._plans.plan(model, image), self._device_budget()
-        maker = Maker(self._worker, image, plan, split, whole=whole, base=rehearsal, device_budget_bytes=budget)
+        maker = Maker(
+            self._worker, image, plan, split, whole=whole, base=rehearsal, device_budget_bytes=budget, lent=lent
+        )
         if wanted != "reload":
             try:
                 made = maker.make(before, maker.assemble())
@@ -192,7 +204,7 @@ class Rank:
     def _device_budget(self) -> int:
         """Bytes of device memory for what is prepared; unless set, a quarter of what is free now."""
         wanted = load_config().device_budget
-        device = torch.device(getattr(self._worker, "device", "cpu"))
+        device = self._device
         if wanted is None and device.type == "cuda":
             # What torch keeps for itself, and does not use, is free too.
             kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -260,6 +272,9 @@ class Rank:
         update = held.made.update
         update.check_current()
         held.image.check_unaltered()
+        if held.lent is not None and not held.lent.is_readable:
+            log.info("what was lent is due back: values come from host memory")
+            held.give_back()
         self._fingerprint = self._found = None  # one that is being computed would mix old and new
         held.applied, held.specs_before = True, self._served
         points = _failpoints()
@@ -325,6 +340,8 @@ class Rank:
         back = None if held is None else held.way_back(folder)
         if back is None or not self._can_spare(back):
             return False
+        assert held is not None
+        held.give_back()
         self._drop(self._retained)
         self._prepared, self._folder, self._retained = None, None, back
         return True
@@ -384,7 +401,7 @@ class Rank:
 
     def synchronize(self) -> None:
         """FACTS: the device is idle before the first write and after the last."""
-        if torch.device(getattr(self._worker, "device", "cpu")).type != "cpu":
+        if self._device.type != "cpu":
             torch.accelerator.synchronize()
 
 

@@ -1,6 +1,6 @@
 """An update of one rank, made ready beside the serving engine, and the way back from it.
 
-    image --load plan--> what the modules are to hold ----+
+    image --load plan--> what the modules are to hold ----+        (values may come from GPU memory that others lend)
           --shadow-----> what packed layers are to hold --+--difference--> writes, and the fingerprint of after
           --reload, in the pause, for everything else
 
@@ -17,7 +17,7 @@ import torch
 from blake3 import blake3
 
 from hotweights.adapters.components import model_of
-from hotweights.adapters.device_writes import Budget, device_write
+from hotweights.adapters.device_writes import Budget, DeviceWhole, DeviceWrite, ReadBack, device_write
 from hotweights.adapters.direct import Split, spread
 from hotweights.adapters.fingerprint import (
     Probe,
@@ -26,13 +26,14 @@ from hotweights.adapters.fingerprint import (
     digest_tensor,
     live_tensors,
 )
+from hotweights.adapters.lent import LentImage
 from hotweights.adapters.load_plan import Copy, LoadPlan, named_tensors
 from hotweights.adapters.mapped import MappedImage
 from hotweights.adapters.routes import AfterTensors, NotReproduced, Reload
 from hotweights.adapters.shadow import Shadow, beyond
 from hotweights.adapters.twins import NoShadow
 from hotweights.adapters.undo import ChangedSincePrepare, storage_bytes, storages_of
-from hotweights.adapters.writes import Function, Reversed, Write, difference, host_write
+from hotweights.adapters.writes import Difference, Function, Reversed, Write, difference, host_write
 
 REASONS_MAX = 8
 _NUMBERS = re.compile("[0-9]+")
@@ -53,6 +54,8 @@ class Routes:
     reload: tuple[int, int] = (0, 0)
     reasons: tuple[str, ...] = ()
     """Why modules are not written directly; the most frequent first."""
+    sources: tuple[str, ...] = ()
+    """Whose GPU memory values come from, or why from nobody's; empty where none was lent."""
 
 
 class Update:
@@ -62,6 +65,8 @@ class Update:
         self.writes = writes
         self._model, self._reload = model, reload
         self._storages = _sizes(model)
+        self._on_devices, self._read_back = _read_back(writes)
+        self._proofs = b"".join(write.new_proof for write in writes)
         self.read_back_s = 0.0
 
     @property
@@ -100,7 +105,7 @@ class Update:
     def _prove(self, at: int, proof: bytes) -> None:
         begun = time.perf_counter()
         if self.writes[at].proof() != proof:
-            raise NotProven(f"write {at} of {len(self.writes)} reads back as something else")
+            raise NotProven(self._otherwise(at))
         self.read_back_s += time.perf_counter() - begun
 
     def reversed(self) -> "Update | None":
@@ -111,22 +116,42 @@ class Update:
 
     def prove_written(self) -> bytes:
         """Reads back what was not yet, once the device is idle; gives the digest of all. Raises NotProven."""
-        hasher = blake3()
-        for at, write in enumerate(self.writes):
-            if not write.on_host:
-                self._prove(at, write.new_proof)
-            hasher.update(write.new_proof)
-        if self._reload is not None:
-            hasher.update(combine_tensors(self._reload.digests()))
-        return hasher.digest()
+        self._prove_devices(written=True)
+        reloaded = b"" if self._reload is None else combine_tensors(self._reload.digests())
+        return blake3(self._proofs + reloaded).digest()
 
     def prove_undone(self) -> None:
         """Reads back what was not yet, once the device is idle. Raises NotProven."""
-        for at, write in enumerate(self.writes):
-            if not write.on_host:
-                self._prove(at, write.old_proof)
+        self._prove_devices(written=False)
         if self._reload is not None and not self._reload.is_undone():
             raise NotProven("a reloaded layer reads back as something else than before")
+
+    def _prove_devices(self, *, written: bool) -> None:
+        if self._read_back is None:
+            return
+        begun = time.perf_counter()
+        wrong = self._read_back.differing(written=written)
+        self.read_back_s += time.perf_counter() - begun
+        if wrong is not None:
+            raise NotProven(self._otherwise(self._on_devices[wrong]))
+
+    def _otherwise(self, at: int) -> str:
+        return f"write {at} of {len(self.writes)} reads back as something else"
+
+
+def _read_back(writes: Sequence[Write]) -> tuple[list[int], ReadBack | None]:
+    """The numbers of those on devices, and what reads them back; None where there are none."""
+    found: list[tuple[int, DeviceWrite, bool]] = []
+    for at, write in enumerate(writes):
+        done, is_reversed = write, False
+        while isinstance(done, Reversed):
+            done, is_reversed = done.done, not is_reversed
+        if isinstance(done, DeviceWrite):
+            found.append((at, done, is_reversed))
+    if not found:
+        return [], None
+    reversed_ones = {number for number, (_, _, is_reversed) in enumerate(found) if is_reversed}
+    return [at for at, _, _ in found], ReadBack([write for _, write, _ in found], reversed_ones)
 
 
 @dataclass
@@ -176,13 +201,15 @@ class Maker:
         whole: bool,
         base: MappedImage | None,
         device_budget_bytes: int,
+        lent: LentImage | None = None,
     ) -> None:
         """`plan` is None only where nothing is direct; `whole` as for Reload; the budget is a device's, for writes.
 
+        What is `lent` is written from there where all of a storage is written; whoever opened it closes it.
         `base` is the image that is installed, where reloading has to be rehearsed with it; whoever made it closes it.
         """
         self._worker, self._image, self._whole, self._base = worker, image, whole, base
-        self._budget = Budget(device_budget_bytes)
+        self._budget, self._lent = Budget(device_budget_bytes), lent
         self._plan, self._split = plan, split
         self._tensors = split.tensors
         self._model = model_of(worker)
@@ -313,13 +340,16 @@ class Maker:
                 continue
             names = self._names.get(at, {})
             sizes = {tensor.element_size() for tensor in names.values()}
-            on_host = storage.device.type == "cpu"
-            now = storage if on_host else storage_bytes(storage).cpu().untyped_storage()
+            on_host = is_on_host(storage)
+            now = storage if on_host else storage_bytes(storage).to("cpu", copy=True).untyped_storage()
             found = difference(now, new, sizes.pop() if len(sizes) == 1 else 1)
             if found is not None:
                 for name, tensor in names.items():
                     self._after[name] = digest_tensor(name, _moved(tensor, new), threads=1)
-                yield host_write(storage, found, pairs) if on_host else device_write(storage, found, self._budget)
+                if on_host:
+                    yield host_write(storage, found, pairs)
+                else:
+                    yield self._device_write(storage, found, () if at in assembled else copies[at])
 
     def _copies(self) -> dict[int, list[Copy]]:
         """Of the direct modules, by the storage that they write to."""
@@ -343,6 +373,18 @@ class Maker:
             pairs = [(storage_bytes(storage), storage_bytes(new))]  # the pause is not for casting
         return new, pairs
 
+    def _device_write(self, storage: torch.UntypedStorage, found: Difference, copies: Sequence[Copy]) -> Write:
+        lent = {} if self._lent is None else self._lent.tensors
+        pairs: Pairs = []
+        if copies and all(copy.tensor in lent for copy in copies):
+            pairs = [(copy.put.of(self._live[copy.parameter].data), copy.take.of(lent[copy.tensor])) for copy in copies]
+        if any(target.dtype != source.dtype for target, source in pairs):
+            pairs = []  # the pause is not for casting
+        write = device_write(storage, found, self._budget, pairs)
+        if self._lent is not None and isinstance(write, DeviceWhole):
+            self._lent.on_close(write.let_go)
+        return write
+
     def _routes(self) -> Routes:
         named = dict(self._model.named_modules(remove_duplicate=False))
         rest = [named[name] for name in self._split.reasons]
@@ -351,7 +393,13 @@ class Maker:
             assembled=_counted([module for module in rest if module not in self._left]),
             reload=_counted([module for module in rest if module in self._left]),
             reasons=tuple(_told(self._split.reasons)),
+            sources=() if self._lent is None else tuple(self._lent.told),
         )
+
+
+def is_on_host(storage: torch.UntypedStorage) -> bool:
+    """Whether it is compared and written where it lies."""
+    return storage.device.type == "cpu"
 
 
 def _counted(modules: Collection[torch.nn.Module]) -> tuple[int, int]:

@@ -90,12 +90,13 @@ def hotweights_prepare(
     """Starts to prepare the image in `folder`; poll `hotweights_prepared`.
 
     `options`: `check_finite` (False) refuses an image with NaN or infinite values; `base` is the folder of the image
-    that is installed, without which nothing is written directly; `anew` (False) drops what was prepared before.
+    that is installed, without which nothing is written directly; `anew` (False) drops what was prepared before; `lent`
+    is where others hold the image in GPU memory, see `lent.py`.
     """
     asked = options or {}
     base = Path(asked["base"]) if asked.get("base") else None
     flags = {name: bool(asked.get(name)) for name in ("check_finite", "anew")}
-    _rank(self).prepare(Path(folder), name_map, base=base, **flags)
+    _rank(self).prepare(Path(folder), name_map, base=base, lent=asked.get("lent") or {}, **flags)
     return {}
 
 

@@ -190,11 +190,12 @@ def pause(window: "update_pb2.WindowTimes") -> str:
 
 
 def written(routes: "fleet_pb2.Routes") -> str:
-    """By which routes a replica is written, and why not all of it directly."""
+    """By which routes a replica is written, why not all of it directly, and from whose GPU memory."""
     parts = (
         ("direct", routes.direct_modules, routes.direct_bytes),
         ("assembled", routes.assembled_modules, routes.assembled_bytes),
         ("reload", routes.reload_modules, routes.reload_bytes),
     )
     said = " · ".join(f"{route} {counted(modules, 'module')} {size(held)}" for route, modules, held in parts if modules)
-    return f"{said} ({'; '.join(routes.reasons)})" if routes.reasons else said
+    said = f"{said} ({'; '.join(routes.reasons)})" if routes.reasons else said
+    return f"{said}; from {'; '.join(routes.sources)}" if routes.sources else said

@@ -1,6 +1,7 @@
 """Publishing a live module: its state written as a checkpoint folder, then published like any other.
 
 state_dict --write_module--> folder/model.safetensors --publish_folder--> version
+           --lend_module---> the same in GPU memory, for engines of this node
 """
 
 import asyncio
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from hotweights.publish.folder import Progress, publish_folder_async
+from hotweights.publish.lending import lend_module
 from hotweights.v1 import model_pb2, update_pb2
-from hotweights.worker_client.config import Config
+from hotweights.worker_client.agent_client import connect_or_start
+from hotweights.worker_client.config import Config, load_config
 
 WEIGHTS = "model.safetensors"
 
@@ -68,13 +71,26 @@ async def publish_module_async(
     progress: Progress | None = None,
     wait_copies: int = 0,
     wait_s: float = 600.0,
+    lend: bool | None = None,
+    lease_s: float = 600.0,
 ) -> model_pb2.Version:
     """Writes `state` to `folder` (a new temporary one unless given) and publishes that.
 
-    The folder is served in place and stays: remove it when other nodes hold the version.
+    The folder is served in place and stays: remove it when other nodes hold the version. With `lend` (default: as
+    HOTWEIGHTS_USE_IPC_AGENT says) a copy of what lies on GPUs stays there for this node's engines to take, until they
+    have, or for `lease_s`. `state` must not change until this returns.
     """
+    config = config or load_config()
     home = folder or Path(await asyncio.to_thread(tempfile.mkdtemp, prefix=f"hotweights-{version}-"))
     await asyncio.to_thread(write_module, state, home, files=files)
+    if config.use_ipc_agent if lend is None else lend:
+        agent = await connect_or_start(config)
+        try:
+            digest = await agent.identify_folder(home, progress)
+        finally:
+            await agent.close()
+        # Before engines are told to update: then they find it.
+        await asyncio.to_thread(lend_module, state, home / WEIGHTS, digest, model=model, config=config, lease_s=lease_s)
     return await publish_folder_async(
         home,
         model=model,
@@ -101,6 +117,8 @@ def publish_module(
     progress: Progress | None = None,
     wait_copies: int = 0,
     wait_s: float = 600.0,
+    lend: bool | None = None,
+    lease_s: float = 600.0,
 ) -> model_pb2.Version:
     """As publish_module_async, where no loop runs."""
     return asyncio.run(
@@ -116,5 +134,7 @@ def publish_module(
             progress=progress,
             wait_copies=wait_copies,
             wait_s=wait_s,
+            lend=lend,
+            lease_s=lease_s,
         )
     )

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -128,6 +128,35 @@ class AgentClient:
         except Refused as error:
             if error.reason != "NOT_MAPPED":
                 raise
+
+    async def borrow_image(self, digest: bytes, client_id: str) -> pb.BorrowImageResponse:
+        """GPU memory of this node that holds the image; empty where nobody lends it, and where nobody is to borrow."""
+        if not self._config.use_ipc_agent:
+            return pb.BorrowImageResponse()
+        request = pb.BorrowImageRequest(manifest_digest=digest, client_id=client_id)
+        with self._errors():
+            response: pb.BorrowImageResponse = await self._stub.BorrowImage(request, timeout=CALL_DEADLINE_S)
+        return response
+
+    async def return_image(self, digest: bytes, client_id: str) -> None:
+        """Nothing of this client's reads what was borrowed any more. Of what was not borrowed it does nothing."""
+        request = pb.ReturnImageRequest(manifest_digest=digest, client_id=client_id)
+        with self._errors():
+            await self._stub.ReturnImage(request, timeout=CALL_DEADLINE_S)
+
+    async def lend_image(
+        self, digest: bytes, memories: Sequence[pb.DeviceMemory], lease_s: float
+    ) -> AsyncGenerator[int, None]:
+        """How many borrow it, whenever that changes; it ends when the memory may be freed as far as the agent knows."""
+        await self.status()  # a long call must not wait long for an agent that is not there
+        request = pb.LendImageRequest(manifest_digest=digest, memories=memories, lease_s=lease_s)
+        with self._errors():
+            call = self._stub.LendImage(request, timeout=lease_s + CALL_DEADLINE_S)
+            try:
+                async for part in call:
+                    yield part.borrowers
+            finally:
+                call.cancel()
 
     async def publish_folder(
         self,

@@ -66,7 +66,9 @@ SETTINGS = (
     Setting("HOTWEIGHTS_AGENT_IDLE_S", "300", "after which an agent that was not started by hand ends"),
     Setting("HOTWEIGHTS_POLICY", "", "auto or manual: what an engine asks for its model"),
     Setting("HOTWEIGHTS_NAME_MAP", "", "checkpoint=module pairs, comma-separated; renames tensors"),
-    Setting("HOTWEIGHTS_USE_IPC_AGENT", "0", "1 sets `hotweights_agent` on the engine"),
+    Setting(
+        "HOTWEIGHTS_USE_IPC_AGENT", "0", "1: GPU memory is lent and borrowed within the node; sets `hotweights_agent`"
+    ),
     Setting("HOTWEIGHTS_ADOPT_CLUSTER", "0", "1 follows a coordinator whose store was replaced"),
     Setting("HOTWEIGHTS_ROUTE", "auto", "auto, direct, assembled or reload: how weights get into an engine"),
     Setting("HOTWEIGHTS_DEVICE_BUDGET", "a quarter of what is free", "bytes of GPU memory for prepared writes, a rank"),

@@ -34,7 +34,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Routes:
-    """How an image is written into a replica, summed over its ranks; and why modules are not written directly."""
+    """How an image is written into a replica, summed over its ranks.
+
+    `reasons` are why modules are not written directly, `sources` from whose GPU memory values come.
+    """
 
     direct_modules: int = 0
     direct_bytes: int = 0
@@ -43,6 +46,7 @@ class Routes:
     reload_modules: int = 0
     reload_bytes: int = 0
     reasons: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def fingerprint_kind(said: str) -> str:
     return said
 
 
-def route_reasons(said: Sequence[str]) -> tuple[str, ...]:
+def route_lines(said: Sequence[str]) -> tuple[str, ...]:
     """The first of them."""
     return tuple(text(reason, ROUTE_REASON_LENGTH_MAX) for reason in said[:ROUTE_REASONS_MAX])
 

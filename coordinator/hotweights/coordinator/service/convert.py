@@ -108,6 +108,7 @@ def routes_message(routes: Routes) -> fleet_pb2.Routes:
         reload_modules=routes.reload_modules,
         reload_bytes=routes.reload_bytes,
         reasons=routes.reasons,
+        sources=routes.sources,
     )
 
 
@@ -119,7 +120,8 @@ def routes_from(message: fleet_pb2.Routes) -> Routes:
         assembled_bytes=message.assembled_bytes,
         reload_modules=message.reload_modules,
         reload_bytes=message.reload_bytes,
-        reasons=bounds.route_reasons(message.reasons),
+        reasons=bounds.route_lines(message.reasons),
+        sources=bounds.route_lines(message.sources),
     )
 
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from hotweights.worker_client.agent.coordinator import Coordinator
 from hotweights.worker_client.agent.data import DataPort
 from hotweights.worker_client.agent.folders import Folders, Known
 from hotweights.worker_client.agent.images import Images
+from hotweights.worker_client.agent.lending import Lending
 from hotweights.worker_client.agent.orders import Orders
 from hotweights.worker_client.agent.peers import Peer
 from hotweights.worker_client.config import Config
@@ -64,6 +65,7 @@ class Agent:
             bandwidth_max=config.bandwidth_max,
             connections=config.connections,
         )
+        self.lending = Lending()
         self.coordinator: Coordinator | None = None
         self.session: Session | None = None
         self.used_at = time.monotonic()
@@ -178,6 +180,16 @@ class Agent:
                 client_id=client_id,
                 manifest_digest=digest.hex(),
             )
+
+    def borrow_image(self, digest: bytes, client_id: str) -> tuple[Sequence[pb.DeviceMemory], float]:
+        """GPU memory of others that holds the image, and for how many seconds. Raises Refused without a client's id."""
+        _require_client(client_id)
+        return self.lending.borrow(digest, client_id)
+
+    def return_image(self, digest: bytes, client_id: str) -> None:
+        """Raises Refused without a client's id."""
+        _require_client(client_id)
+        self.lending.give_back(digest, client_id)
 
     async def status(self) -> pb.GetAgentStatusResponse:
         images = await asyncio.to_thread(self.stage.images)

@@ -77,6 +77,24 @@ class AgentServicer(rpc.AgentServiceServicer):
                 await self._agent.release_image(_digest(request.manifest_digest), request.client_id)
         return pb.ReleaseImageResponse()
 
+    async def LendImage(self, request: pb.LendImageRequest, context: Context) -> AsyncIterator[pb.LendImageResponse]:
+        async with statuses(context):
+            with self._agent.in_use():
+                async for borrowers in self._agent.lending.lend(request):
+                    yield pb.LendImageResponse(borrowers=borrowers)
+
+    async def BorrowImage(self, request: pb.BorrowImageRequest, context: Context) -> pb.BorrowImageResponse:
+        async with statuses(context):
+            with self._agent.in_use():
+                memories, left_s = self._agent.borrow_image(_digest(request.manifest_digest), request.client_id)
+        return pb.BorrowImageResponse(memories=memories, left_s=left_s)
+
+    async def ReturnImage(self, request: pb.ReturnImageRequest, context: Context) -> pb.ReturnImageResponse:
+        async with statuses(context):
+            with self._agent.in_use():
+                self._agent.return_image(_digest(request.manifest_digest), request.client_id)
+        return pb.ReturnImageResponse()
+
     async def GetAgentStatus(self, request: pb.GetAgentStatusRequest, context: Context) -> pb.GetAgentStatusResponse:
         async with statuses(context):
             with self._agent.in_use():

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from blake3 import blake3
 
+from hotweights.v1.agent_service_pb2 import BorrowImageResponse
 from hotweights.wire.errors import HotweightsError, Refused
 from hotweights.worker_client.window.engine import Engine, EngineFailed, Process
 from hotweights.worker_client.window.sleep import Sleep
@@ -50,6 +51,10 @@ class Images(Protocol):
     async def map_image(self, digest: bytes, client_id: str) -> Path: ...
 
     async def release_image(self, digest: bytes, client_id: str) -> None: ...
+
+    async def borrow_image(self, digest: bytes, client_id: str) -> BorrowImageResponse: ...
+
+    async def return_image(self, digest: bytes, client_id: str) -> None: ...
 
     async def close(self) -> None:
         """Lets go of every image."""

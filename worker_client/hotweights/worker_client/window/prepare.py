@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hotweights.v1 import fleet_pb2
+from hotweights.v1 import agent_service_pb2, fleet_pb2
 from hotweights.wire.errors import HotweightsError
 from hotweights.worker_client.window.engine import Engine, Status
 from hotweights.worker_client.window.identify import FAILED, Images
@@ -66,6 +66,7 @@ class Preparing:
         self._clock = clock
         self._agent: Images | None = None
         self._mapped: set[bytes] = set()
+        self._lent: set[bytes] = set()
         self.prepared: Prepared | None = None
 
     def holds(self, digest: bytes, *, check_finite: bool = False) -> bool:
@@ -111,7 +112,13 @@ class Preparing:
         """
         ends = self._clock() + deadline_s
         self.prepared = None
-        plain = str(folder), self._name_map, {"check_finite": check_finite, "base": str(base or ""), "anew": anew}
+        options = {
+            "check_finite": check_finite,
+            "base": str(base or ""),
+            "anew": anew,
+            "lent": await self._borrow(digest),
+        }
+        plain = str(folder), self._name_map, options
         answers = await call_ranks(self._engine, "hotweights_prepare", CALL_DEADLINE_S, *plain)
         if failed := refusals(answers):
             raise PrepareRefused(failed)
@@ -130,6 +137,29 @@ class Preparing:
             base=base,
         )
         return self.prepared
+
+    async def _borrow(self, digest: bytes) -> dict[str, Any]:
+        """GPU memory of this node that holds the image, as plain data; empty where there is none to be had."""
+        try:
+            agent = await self.agent()
+            found = await within(CALL_DEADLINE_S, "the agent", agent.borrow_image(digest, self._replica_id))
+        except (HotweightsError, Unanswered, OSError) as error:
+            log.warning("values come from host memory: %s", error)
+            return {}
+        if not found.memories:
+            return {}
+        self._lent.add(digest)
+        return {"left_s": found.left_s, "memories": [_plain(memory) for memory in found.memories]}
+
+    async def _return(self) -> None:
+        """Once no rank reads what was borrowed."""
+        for digest in sorted(self._lent):
+            self._lent.discard(digest)
+            try:
+                agent = await self.agent()
+                await within(CALL_DEADLINE_S, "the agent", agent.return_image(digest, self._replica_id))
+            except (HotweightsError, Unanswered, OSError) as error:
+                log.info("the agent did not hear that GPU memory was returned; its lease will end: %s", error)
 
     async def _poll(self, ends: float, deadline_s: float) -> list[Status]:
         while self._clock() < ends:
@@ -157,6 +187,7 @@ class Preparing:
             # Still mapped somewhere: the agent must keep the files, so it is not told.
             log.warning("images stay mapped: %s", failed)
             return
+        await self._return()
         for digest in sorted(self._mapped - {served}):
             await self._unmap(digest)
 
@@ -183,5 +214,14 @@ def _routes(of_ranks: list[Mapping[str, Any]]) -> fleet_pb2.Routes:
         for route in ("direct", "assembled", "reload")
         for at, what in enumerate(("modules", "bytes"))
     }
-    reasons = list(dict.fromkeys(str(reason) for rank in of_ranks for reason in rank["reasons"]))
-    return fleet_pb2.Routes(**summed, reasons=reasons[:REASONS_MAX])
+    reasons, sources = (
+        list(dict.fromkeys(str(line) for rank in of_ranks for line in rank[lines]))[:REASONS_MAX]
+        for lines in ("reasons", "sources")
+    )
+    return fleet_pb2.Routes(**summed, reasons=reasons, sources=sources)
+
+
+def _plain(memory: agent_service_pb2.DeviceMemory) -> dict[str, Any]:
+    """For the ranks, who know no protocol."""
+    ranges = [(part.file, part.file_offset, part.memory_offset, part.size_bytes) for part in memory.ranges]
+    return {"device": memory.device_uuid, "handle": memory.handle, "seal": memory.seal, "ranges": ranges}

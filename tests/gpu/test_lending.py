@@ -1,0 +1,96 @@
+"""A trainer on a real GPU lends its weights, through a real agent, to a rank on it: three processes."""
+
+import asyncio
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tests.adapters.plain_worker import a_worker, an_image, prepared, until  # noqa: E402
+from tests.worker_client.agent.nodes import a_config, agent_of  # noqa: E402
+
+from hotweights.adapters.rank import Rank  # noqa: E402
+from hotweights.adapters.torch_module import same_as_folder  # noqa: E402
+from hotweights.coordinator.config import Config as CoordinatorConfig  # noqa: E402
+from hotweights.coordinator.server import Coordinator  # noqa: E402
+from hotweights.wire.endpoint import parse_endpoint  # noqa: E402
+from hotweights.worker_client.agent_client import AgentClient  # noqa: E402
+from hotweights.worker_client.config import Config  # noqa: E402
+from hotweights.worker_client.window.prepare import _plain  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.vllm,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here"),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+WIDTH = 2048
+TRAINER = """
+import sys
+from pathlib import Path
+import torch
+from hotweights.publish import publish_module
+from hotweights.publish.lending import _loans
+torch.manual_seed(7)
+state = {name: torch.randn(2048, 2048, device="cuda") for name in ("one.weight", "two.weight")}
+version = publish_module(state, model="m", version="v2", folder=Path(sys.argv[1]), lend=True)
+for tensor in state.values():
+    tensor.zero_()  # the next step of training
+torch.cuda.synchronize()
+print(version.manifest_digest.hex(), flush=True)
+print(_loans["m"].wait(60), flush=True)
+"""
+
+
+@pytest.fixture
+async def config(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Config]:
+    home = tmp_path_factory.mktemp("n")
+    coordinator = Coordinator(CoordinatorConfig(endpoint=parse_endpoint("127.0.0.1:0"), store="memory:"))
+    await coordinator.start()
+    config = a_config(home, "a", str(coordinator.endpoint), HOTWEIGHTS_USE_IPC_AGENT="1")
+    async with agent_of(config):
+        yield config
+    await coordinator.stop()
+
+
+@pytest.fixture
+def trainer(config: Config, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(tmp_path / "v2")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **config.as_environ()},
+    )
+    yield process
+    process.kill()
+    process.communicate(timeout=60)
+
+
+async def test_a_rank_takes_what_a_trainer_lends_and_the_trainer_gets_its_memory_back(
+    config: Config, trainer: "subprocess.Popen[str]", tmp_path: Path
+) -> None:
+    assert trainer.stdout is not None
+    base = an_image(tmp_path / "v1", 1, WIDTH)
+    rank = Rank(a_worker(base, "cuda", WIDTH))
+    engine = AgentClient(config)
+    digest = bytes.fromhex(await asyncio.to_thread(trainer.stdout.readline))
+    await engine.stage(digest)
+    folder = await engine.map_image(digest, "replica-0")
+    borrowed = await engine.borrow_image(digest, "replica-0")
+    lent = {"left_s": borrowed.left_s, "memories": [_plain(memory) for memory in borrowed.memories]}
+    held = prepared(rank, folder, base, lent=lent)
+    assert held.made.routes.sources == (f"cuda-ipc: 32 MiB of {borrowed.memories[0].device_uuid} of another process",)
+    rank.apply(folder)
+    rank.prove_written()
+    assert same_as_folder(rank.model, folder, {})
+    assert until(rank.release)
+    await engine.return_image(digest, "replica-0")
+    assert (await asyncio.to_thread(trainer.stdout.readline)).strip() == "True"
+    await engine.close()
