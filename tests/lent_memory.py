@@ -69,6 +69,9 @@ class OnGpu:
     def detach(self) -> "OnGpu":
         return self
 
+    def is_contiguous(self) -> bool:
+        return True
+
     def contiguous(self) -> "OnGpu":
         return self
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from hotweights.transports.cuda_ipc import CudaError
 from hotweights.v1 import agent_service_pb2 as pb
 from hotweights.v1 import model_pb2
 from hotweights.wire.endpoint import parse_endpoint
+from hotweights.wire.errors import Refused
 from hotweights.worker_client.agent_client import AgentClient
 from hotweights.worker_client.config import Config
 from hotweights.worker_client.window.prepare import _plain
@@ -86,8 +88,8 @@ async def an_engine(config: Config) -> AsyncIterator[AgentClient]:
 
 def read(borrowed: pb.BorrowImageResponse, folder: Path) -> dict[str, torch.Tensor]:
     """As a rank does."""
-    lent = {"left_s": borrowed.left_s, "memories": [_plain(told) for told in borrowed.memories]}
-    opened = LentImage(lent, MappedImage(folder, {}), torch.device("cpu"))
+    memories = [_plain(told) for told in borrowed.memories]
+    opened = LentImage(memories, time.monotonic() + borrowed.left_s, MappedImage(folder, {}), torch.device("cpu"))
     return {name: tensor.clone() for name, tensor in opened.tensors.items()}
 
 
@@ -161,19 +163,86 @@ async def test_a_lease_that_is_over_frees_the_memory_whoever_reads_it(home: Path
         assert not (await engine.borrow_image(version.manifest_digest, "replica-0")).memories
 
 
-async def test_when_the_agent_ends_the_memory_stays_for_those_who_borrowed_it(home: Path, memory: Path) -> None:
+@pytest.mark.parametrize("borrowed", [True, False])
+async def test_when_the_agent_ends_the_memory_stays_for_those_who_borrowed_it(
+    home: Path, memory: Path, borrowed: bool
+) -> None:
     coordinator = Coordinator(CoordinatorConfig(endpoint=parse_endpoint("127.0.0.1:0"), store="memory:"))
     await coordinator.start()
     config = a_config(home, "a", str(coordinator.endpoint), HOTWEIGHTS_USE_IPC_AGENT="1")
-    async with agent_of(config):
-        await publish_module_async(state(), model="m", version="v1", folder=home / "v1", config=config, lease_s=4.0)
-    loan = lending._loans["m"]
+    async with agent_of(config) as engine:
+        version = await publish_module_async(
+            state(), model="m", version="v1", folder=home / "v1", config=config, lease_s=4.0
+        )
+        loan = lending._loans["m"]
+        if borrowed:
+            await engine.borrow_image(version.manifest_digest, "replica-0")
+            await until(lambda: loan.borrowers == 1)
     await asyncio.sleep(1.0)
-    assert not loan.is_over
-    assert held(memory)
+    assert loan.is_over != borrowed
+    assert bool(held(memory)) == borrowed
     assert await asyncio.to_thread(loan.wait, DEADLINE_S)
     assert not held(memory)
     await coordinator.stop()
+
+
+async def test_an_engine_that_ended_borrows_no_longer(
+    home: Path, config: Config, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotweights.worker_client.agent.lending.LOOK_S", 0.1)
+    monkeypatch.setattr("hotweights.worker_client.stage.pins.GRACE_S", 0.0)
+    version = await publish_module_async(state(), model="m", version="v1", folder=home / "v1", config=config)
+    digest = version.manifest_digest
+    async with an_engine(config) as engine:
+        await engine.stage(digest)
+        await engine.map_image(digest, "replica-0")
+        await engine.borrow_image(digest, "replica-0")
+        await asyncio.sleep(1.0)
+        assert held(memory)
+    await until(lambda: not held(memory))
+
+
+async def test_a_version_that_is_refused_is_not_lent_on(home: Path, config: Config, memory: Path) -> None:
+    await publish_module_async(state(), model="m", version="v1", folder=home / "v1", config=config, lend=False)
+    with pytest.raises(Refused):
+        await publish_module_async(state(2), model="m", version="v1", folder=home / "other", config=config)
+    assert not held(memory)
+
+
+@pytest.mark.parametrize("lease_s", [0.0, -1.0, float("nan"), float("inf"), 3601.0])
+async def test_a_lease_that_is_none_is_refused_before_anything_is_written(
+    home: Path, config: Config, lease_s: float
+) -> None:
+    with pytest.raises(ValueError, match="lease_s takes seconds, up to 3600"):
+        await publish_module_async(state(), model="m", version="v1", folder=home / "v1", config=config, lease_s=lease_s)
+    assert not (home / "v1").exists()
+
+
+async def test_when_torch_has_no_room_for_a_copy_the_version_is_published_all_the_same(
+    home: Path, config: Config, memory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(tensor: OnGpu) -> OnGpu:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(OnGpu, "contiguous", full)
+    monkeypatch.setattr(OnGpu, "is_contiguous", lambda tensor: False)
+    version = await publish_module_async(state(), model="m", version="v1", folder=home / "v1", config=config)
+    assert version.sequence == 1
+    assert not held(memory)
+    assert "engines take the image from host memory: CUDA out of memory" in caplog.text
+
+
+async def test_of_one_image_only_so_many_borrow(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotweights.worker_client.agent.lending.BORROWERS_MAX", 2)
+    async with an_engine(config) as client:
+        loan = client.lend_image(bytes(32), a_request().memories, 60.0)
+        await anext(loan)
+        for _ in range(2):
+            for at in range(2):
+                assert (await client.borrow_image(bytes(32), f"replica-{at}")).memories
+        with pytest.raises(Refused, match="2 clients borrow it already"):
+            await client.borrow_image(bytes(32), "replica-2")
+        await loan.aclose()
 
 
 async def test_without_room_on_the_gpu_the_version_is_published_all_the_same(
@@ -220,17 +289,15 @@ def test_a_tensor_that_is_not_the_one_that_was_written_is_not_lent(home: Path, m
 async def test_what_nobody_could_borrow_is_refused(
     config: Config, spoil: Callable[[pb.LendImageRequest], None], problem: str
 ) -> None:
-    from hotweights.wire.errors import Refused
     from hotweights.worker_client.agent.lending import Lending
 
     request = a_request()
     spoil(request)
     with pytest.raises(Refused, match=problem):
-        await anext(Lending().lend(request))
+        await anext(Lending(lambda digest: []).lend(request))
 
 
 async def test_one_image_is_lent_by_one_process_and_few_at_a_time(config: Config) -> None:
-    from hotweights.wire.errors import Refused
 
     async with an_engine(config) as client:
         lent = [client.lend_image(bytes([at]) * 32, a_request().memories, 60.0) for at in range(9)]

@@ -273,6 +273,13 @@ async def test_what_is_lent_goes_to_the_ranks_and_back_once_they_let_go_of_it(be
     assert bench.agent.borrowed == []
 
 
+async def test_what_was_lent_for_an_image_that_another_takes_the_place_of_goes_back(bench: Bench) -> None:
+    lends(bench)
+    await bench.prepare(V2)
+    await bench.prepare(V3)
+    assert bench.agent.borrowed == [V3]
+
+
 async def test_what_was_lent_for_an_image_that_the_ranks_refuse_goes_back(bench: Bench) -> None:
     lends(bench)
     refuses(bench.engine, "prepare", "no")

@@ -61,6 +61,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuMemFree_v2": (_ADDRESS,),
     "cuMemGetInfo_v2": (_OUT, _OUT),
     "cuMemGetAddressRange_v2": (_OUT, _OUT, _ADDRESS),
+    "cuMemsetD8_v2": (_ADDRESS, ctypes.c_ubyte, ctypes.c_size_t),
     "cuMemcpyDtoD_v2": (_ADDRESS, _ADDRESS, ctypes.c_size_t),
     "cuMemcpyHtoD_v2": (_ADDRESS, ctypes.c_char_p, ctypes.c_size_t),
     "cuMemcpyDtoH_v2": (ctypes.c_void_p, _ADDRESS, ctypes.c_size_t),
@@ -80,8 +81,11 @@ class _Driver:
             raise NoCuda(f"there is no CUDA driver here: {error}") from error
         if code := self._library.cuInit(0):
             raise NoCuda(f"CUDA finds no GPU here: {self._name(code)}")
-        for name, arguments in _ARGUMENTS.items():
-            getattr(self._library, name).argtypes = arguments
+        try:
+            for name, arguments in _ARGUMENTS.items():
+                getattr(self._library, name).argtypes = arguments
+        except AttributeError as error:
+            raise NoCuda(f"the CUDA driver here is too old: {error}") from error
         self._contexts: dict[int, ctypes.c_void_p] = {}
 
     def call(self, doing: str, name: str, *arguments: Any) -> None:
@@ -188,6 +192,8 @@ class Lent(_Memory):
             driver.call(f"taking {taken} bytes of GPU memory", "cuMemAlloc_v2", ctypes.byref(address), taken)
             super().__init__(ordinal, address.value, taken)
             try:
+                # What this process freed lately may lie there.
+                driver.call("clearing GPU memory", "cuMemsetD8_v2", address, 0, taken)
                 driver.call("lending GPU memory", "cuIpcGetMemHandle", ctypes.byref(handle), address)
             except CudaError:
                 self.close()
@@ -230,13 +236,13 @@ class Borrowed(_Memory):
             doing = "borrowing GPU memory"
             driver.call(doing, "cuIpcOpenMemHandle_v2", ctypes.byref(address), named, _PEERS_AS_NEEDED)
             super().__init__(ordinal, address.value, 0)
-            size = ctypes.c_size_t()
+            begin, size = _ADDRESS(), ctypes.c_size_t()
             try:
-                driver.call(doing, "cuMemGetAddressRange_v2", ctypes.byref(_ADDRESS()), ctypes.byref(size), address)
+                driver.call(doing, "cuMemGetAddressRange_v2", ctypes.byref(begin), ctypes.byref(size), address)
             except CudaError:
                 self.close()
                 raise
-            self.size = size.value
+            self.size = begin.value + size.value - address.value
 
     def close(self) -> None:
         """Nothing may read it any more, or be about to. Again does nothing."""

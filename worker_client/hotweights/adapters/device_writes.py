@@ -8,7 +8,10 @@ In the pause there are one or a few launches a storage and no copy back but of s
 allocated anew, so that addresses stay as CUDA graphs recorded them.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import functools
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -145,6 +148,11 @@ class DeviceWrite:
     def summed_in_place(self) -> torch.Tensor | None:
         """Bytes on the device, whole blocks, which are written all."""
 
+    @property
+    def is_of_others(self) -> bool:
+        """Whether those come from where others may write: their sums are weighted then."""
+        return False
+
     def gathered(self) -> Iterator["Part"]:
         """What else is written, in parts of at most PIECE_BYTES."""
         return iter(())
@@ -164,10 +172,13 @@ class ReadBack:
     What is written whole is summed where it lies; the rest is gathered, much at a time, and summed together. As many
     storages as a model has, a launch more for each is milliseconds, and so is looking at each: all are compared at
     once.
+
+    A plain sum shows what did not arrive. Of what comes from others, who might have put something else there, each half
+    of a word is multiplied by a number that nobody knows: other bytes have the same sum once in 2**32.
     """
 
-    def __init__(self, writes: Sequence[DeviceWrite], reversed_ones: Collection[int] = ()) -> None:
-        """Takes its memory, PIECE_BYTES on the device, now. `reversed_ones`: by number, what is written is the old."""
+    def __init__(self, writes: Sequence[DeviceWrite]) -> None:
+        """Takes its memory, PIECE_BYTES on the device, now."""
         self._device = writes[0].device
         together = [_whole_blocks(write) for write in writes]
         count = sum(len(write.new_sums) for write in writes)
@@ -178,8 +189,10 @@ class ReadBack:
         self._steps: list[Callable[[], object]] = []
         self._batch: list[tuple[Part, torch.Tensor]] = []
         at = 0
-        for blocks in together:
-            if len(blocks):
+        for write, blocks in zip(writes, together, strict=True):
+            if write.is_of_others:
+                self._add_weighted(blocks, at)
+            elif len(blocks):
                 self._steps.append(partial(torch.sum, blocks, 1, out=on_device[at : at + len(blocks)]))
             at += len(blocks)
         for write in writes:
@@ -187,10 +200,23 @@ class ReadBack:
                 at = self._add(part, at)
         self._flush(at)
         self._counts = [len(blocks) for blocks in together]
-        pairs = [(write.old_sums, write.new_sums) for write in writes]
-        pairs = [pair[::-1] if at in reversed_ones else pair for at, pair in enumerate(pairs)]
-        self._expected = [self._ordered([pair[written] for pair in pairs]) for written in (False, True)]
+        of_all = [write.old_sums for write in writes], [write.new_sums for write in writes]
+        self._expected = [self._ordered(sums) for sums in of_all]
         self._lengths = [len(write.new_sums) for write in writes]
+
+    def _add_weighted(self, blocks: torch.Tensor, at: int) -> None:
+        weights, products = _weights(self._device), self._scratch.view(torch.int64)
+        for halves in torch.split(blocks.view(torch.int32), max(1, PIECE_BYTES // (2 * BLOCK_BYTES))):
+            product = products[: halves.numel()].view(halves.shape)
+            self._steps.append(partial(torch.mul, halves, weights, out=product))
+            self._steps.append(partial(torch.sum, product, 1, out=self._on_device[at : at + len(halves)]))
+            at += len(halves)
+
+    def reversed(self) -> "ReadBack":
+        """Of the same writes the other way round, with the same memory."""
+        found = copy(self)
+        found._expected = self._expected[::-1]
+        return found
 
     def _add(self, part: "Part", at: int) -> int:
         """To the batch; a full one goes first. Gives where the next sums go."""
@@ -316,13 +342,16 @@ class DeviceWhole(DeviceWrite):
         """`live` is the storage on its device as bytes, `new` and `old` are bytes on the host.
 
         `lent` are (view of the storage, device memory of others that it is to hold): then that is written, until
-        `let_go`, and `new` takes none of the budget.
+        `let_go`, but for what is left of whole blocks, and `new` takes none of the budget.
         """
-        self._live, self._lent = live, list(lent)
-        self._new = Placed(new, live.device, False) if lent else budget.placed(new, live.device)
+        self._live = live
+        self._lent = list(lent) if self._whole_blocks else []
+        self.is_lent = bool(self._lent)
+        self._rest = budget.placed(new[self._whole_blocks :], live.device) if self.is_lent else None
+        self._new = Placed(new, live.device, False) if self.is_lent else budget.placed(new, live.device)
         self._old = budget.placed(old, live.device)
         self.new_bytes = new.nbytes
-        self.new_sums, self.old_sums = _sums_of(new), _sums_of(old)
+        self.new_sums, self.old_sums = (_sums_of(values, weighted=self.is_lent) for values in (new, old))
 
     def let_go(self) -> None:
         """Of the memory of others: from now on what is to be comes from the host."""
@@ -332,8 +361,11 @@ class DeviceWhole(DeviceWrite):
     def write(self) -> None:
         if not self._lent:
             self._live.copy_(self._new.tensor, non_blocking=True)
+            return
         for target, source in self._lent:
             target.copy_(source, non_blocking=True)
+        if self._rest is not None:
+            self._live[self._whole_blocks :].copy_(self._rest.tensor, non_blocking=True)
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -346,6 +378,10 @@ class DeviceWhole(DeviceWrite):
     @property
     def _whole_blocks(self) -> int:
         return self._live.numel() - self._live.numel() % BLOCK_BYTES
+
+    @property
+    def is_of_others(self) -> bool:
+        return self.is_lent
 
     def summed_in_place(self) -> torch.Tensor | None:
         return self._live[: self._whole_blocks] if self._whole_blocks else None
@@ -365,10 +401,23 @@ def _whole_blocks(write: DeviceWrite) -> torch.Tensor:
     return torch.empty(0, BLOCK_BYTES // 8, dtype=torch.int64) if data is None else _blocks(data)
 
 
-def _sums_of(data: torch.Tensor) -> torch.Tensor:
-    """Of bytes on the host, as ReadBack finds them: what is left of whole blocks counts as one."""
+@functools.cache
+def _weights(device: torch.device) -> torch.Tensor:
+    """One for each half of a word of a block; of this process alone."""
+    if device.type != "cpu":
+        return _weights(torch.device("cpu")).to(device)
+    return torch.frombuffer(bytearray(secrets.token_bytes(2 * BLOCK_BYTES)), dtype=torch.int64)
+
+
+def _sums_of(data: torch.Tensor, *, weighted: bool = False) -> torch.Tensor:
+    """Of bytes on the host, as ReadBack finds them: what is left of whole blocks counts as one, and has no weights."""
     whole = data.numel() - data.numel() % BLOCK_BYTES
-    sums = _blocks(data[:whole]).sum(1)
+    blocks = _blocks(data[:whole])
+    if weighted:
+        pieces = torch.split(blocks.view(torch.int32), max(1, PIECE_BYTES // BLOCK_BYTES))
+        sums = torch.cat([(halves * _weights(data.device)).sum(1) for halves in pieces])
+    else:
+        sums = blocks.sum(1)
     if whole == data.numel():
         return sums
     rest = torch.zeros(BLOCK_BYTES, dtype=torch.uint8)

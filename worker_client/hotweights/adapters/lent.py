@@ -3,13 +3,14 @@
     the agent's handles --Borrowed--> memory --seal right?--> {checkpoint name: tensor on a device}
 
 Opened while the engine serves; in the pause whole tensors are copied from it, device to device. What was copied is
-proven like everything else, against the staged image. Where it cannot be opened, or its lease is nearly over, values
-come from the host; `told` says so.
+proven like everything else, against the staged image; where it is something else, it is written from the host. Where
+it cannot be opened, or its lease is nearly over, values come from the host from the beginning; `told` says so.
 """
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -49,45 +50,65 @@ def open_memory(device_uuid: str, handle: bytes, device: torch.device) -> Memory
     return cuda_ipc.Borrowed(reader, handle)
 
 
+class Reader(Protocol):
+    """Who reads it in the pause."""
+
+    def let_go(self) -> None: ...
+
+
 class LentImage:
     """Of `image`, as far as it is lent and within reach. `tensors` by the module's names, valid until `close`."""
 
-    def __init__(self, lent: Mapping[str, Any], image: MappedImage, device: torch.device) -> None:
-        """`lent`: seconds `left_s`, and `memories` by `device`, `handle`, `seal` and `ranges`; empty: of nobody."""
-        self._ends_at = time.monotonic() + float(lent.get("left_s", 0.0))
+    def __init__(
+        self, memories: Sequence[Mapping[str, Any]], ends_at: float, image: MappedImage, device: torch.device
+    ) -> None:
+        """`memories` by `device`, `handle`, `seal` and `ranges`; `ends_at` is of time.monotonic()."""
+        self._ends_at = ends_at
         self._opened: list[Memory] = []
-        self._on_close: list[Callable[[], None]] = []
+        self._readers: list[weakref.ref[Reader]] = []
+        self._devices: list[str] = []
+        self._problems: list[str] = []
         self.tensors: dict[str, torch.Tensor] = {}
-        self.told: list[str] = []
-        for memory in lent.get("memories", ()):
-            name = str(memory["device"])
-            try:
-                opened = open_memory(name, bytes(memory["handle"]), device)
-                self._opened.append(opened)
-                _check_seal(opened, bytes(memory["seal"]), name)
-                found = _tensors(opened, memory["ranges"], image.places, device)
-            except TransportError as error:
-                log.warning("values come from host memory: %s", error)
-                self.told.append(f"host memory: {error}")
-                continue
-            self.tensors.update(found)
-            held = sum(tensor.nbytes for tensor in found.values())
-            self.told.append(f"cuda-ipc: {held >> 20} MiB of {name} of another process")
+        try:
+            for memory in memories:
+                self._open(memory, image, device)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, memory: Mapping[str, Any], image: MappedImage, device: torch.device) -> None:
+        name = str(memory["device"])
+        try:
+            opened = open_memory(name, bytes(memory["handle"]), device)
+            self._opened.append(opened)
+            _check_seal(opened, bytes(memory["seal"]), name)
+            self.tensors.update(_tensors(opened, memory["ranges"], image.places, device))
+        except (TransportError, RuntimeError) as error:  # torch has no narrower name for what CUDA refuses
+            log.warning("values come from host memory: %s", error)
+            self._problems.append(f"host memory: {error}")
+        else:
+            self._devices.append(name)
+
+    def told(self, used_bytes: int) -> list[str]:
+        """Lines for status, when that much is written from it."""
+        used = f"cuda-ipc: {used_bytes >> 20} MiB of {', '.join(self._devices)} of another process"
+        return [*([used] if used_bytes else []), *self._problems]
 
     @property
     def is_readable(self) -> bool:
         """Whether the lease goes on for long enough to be read now."""
         return bool(self.tensors) and time.monotonic() < self._ends_at - MARGIN_S
 
-    def on_close(self, let_go: Callable[[], None]) -> None:
-        """Who holds tensors of it, and lets go of them."""
-        self._on_close.append(let_go)
+    def on_close(self, reader: "Reader") -> None:
+        """Who holds tensors of it, and lets go of them then."""
+        self._readers.append(weakref.ref(reader))
 
     def close(self) -> None:
         """Gives everything back. Nothing reads it any more. Again does nothing."""
-        for let_go in self._on_close:
-            let_go()
-        self._on_close.clear()
+        for held in self._readers:
+            if (reader := held()) is not None:
+                reader.let_go()
+        self._readers.clear()
         self.tensors.clear()
         opened, self._opened = self._opened, []
         for memory in opened:
@@ -126,5 +147,8 @@ def _tensor(memory: Memory, at: int, place: Place, device: torch.device) -> torc
     dtype = torch_dtype(place.spec)
     if dtype is None or at % dtype.itemsize:
         return None
-    data = torch.as_tensor(memory.as_array(at, place.end - place.start), device=device)
+    lying = memory.as_array(at, place.end - place.start)
+    data = torch.as_tensor(lying, device=device)
+    if (there := getattr(lying, "__cuda_array_interface__", None)) and data.data_ptr() != there["data"][0]:
+        raise TransportError(f"{device} reads the other's memory by copying it first")
     return data.view(dtype).reshape(place.spec.shape)

@@ -9,7 +9,7 @@ Everything long happens in a daemon thread before the pause: mapping, checking, 
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,7 +37,7 @@ from hotweights.adapters.plans import Plans
 from hotweights.adapters.prepared import PROBE_SLICE_S, Prepared
 from hotweights.adapters.twins import NoShadow
 from hotweights.adapters.undo import storages_bytes
-from hotweights.adapters.update import Made, Maker, packed_bytes
+from hotweights.adapters.update import Made, Maker, NotProven, packed_bytes
 from hotweights.worker_client.config import load_config
 from hotweights.worker_client.window.failpoints import Failpoints, parse_failpoints
 
@@ -96,7 +96,8 @@ class Rank:
     ) -> None:
         """Starts to prepare; the same folder again goes on with what was begun, unless `anew`.
 
-        `base` is the image that is installed, where one is known; `lent` is what LentImage takes.
+        `base` is the image that is installed, where one is known. `lent` says where others hold this one in GPU memory:
+        `memories`, as LentImage takes them, for `left_s` seconds more.
         """
         held = self._prepared
         same = self._folder == folder and (self._checking or not check_finite) and not anew
@@ -112,10 +113,13 @@ class Rank:
             retained, self._retained = self._retained, None
         self.release()
         dropping, self._dropping = self._dropping, []
+        memories, ends_at = lent.get("memories", ()), time.monotonic() + lent.get("left_s", 0.0)
         self._folder, self._checking = folder, check_finite
         self._job = Job(
             "prepare",
-            lambda: quietly(lambda: self._prepare(folder, names, check_finite, base, lent, retained, dropping)),
+            lambda: quietly(
+                lambda: self._prepare(folder, names, check_finite, base, (memories, ends_at), retained, dropping)
+            ),
         )
 
     def _prepare(
@@ -124,7 +128,7 @@ class Rank:
         name_map: Mapping[str, str],
         check_finite: bool,
         base: Path | None,
-        lent: Mapping[str, Any],
+        lent: tuple[Sequence[Mapping[str, Any]], float],
         retained: Prepared | None,
         dropping: list[Job],
     ) -> Prepared:
@@ -160,8 +164,9 @@ class Rank:
         except Exception:
             image.close()
             raise
-        borrowed = LentImage(lent, image, self._device) if lent else None
+        borrowed: LentImage | None = None
         try:
+            borrowed = LentImage(*lent, image, self._device) if lent[0] else None
             made = self._make(image, installed, borrowed, whole=served is not None)
         except Exception:
             for opened in (borrowed, image, installed):
@@ -292,9 +297,24 @@ class Rank:
         return held
 
     def prove_written(self) -> bytes:
-        """Reads back what the apply wrote; its digest. Raises NotProven: the undo follows."""
-        assert self._prepared is not None
-        return self._prepared.made.update.prove_written()
+        """Reads back what the apply wrote; its digest. Raises NotProven: the undo follows.
+
+        What was lent and is something else is written once more, from the host.
+        """
+        held = self._prepared
+        assert held is not None
+        update = held.made.update
+        try:
+            return update.prove_written()
+        except NotProven as error:
+            if held.lent is None:
+                raise
+            log.warning("what was lent is not this version; it is written from host memory: %s", error)
+        held.give_back()
+        self.synchronize()
+        update.write_devices()
+        self.synchronize()
+        return update.prove_written()
 
     def undo(self, *, clear_caches: bool = False) -> None:
         """Puts back what was served before the apply."""

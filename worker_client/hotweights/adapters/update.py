@@ -10,7 +10,7 @@ What is written in the pause is read back there; everything is fingerprinted bef
 import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,11 +61,20 @@ class Routes:
 class Update:
     """What one window does to one rank. `write` and `undo` only while the engine is paused."""
 
-    def __init__(self, model: torch.nn.Module, writes: Sequence[Write], reload: Reload | None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        writes: Sequence[Write],
+        reload: Reload | None,
+        read_back: ReadBack | None = None,
+    ) -> None:
+        """`read_back` is of those writes that are on a device; made if not given."""
         self.writes = writes
         self._model, self._reload = model, reload
         self._storages = _sizes(model)
-        self._on_devices, self._read_back = _read_back(writes)
+        self._on_devices = [at for at, write in enumerate(writes) if not write.on_host]
+        on_devices = [write for write in writes if isinstance(write, DeviceWrite)]
+        self._read_back = read_back or (ReadBack(on_devices) if on_devices else None)
         self._proofs = b"".join(write.new_proof for write in writes)
         self.read_back_s = 0.0
 
@@ -92,6 +101,11 @@ class Update:
         if self._reload is not None:
             self._reload.write(lambda more: after(count + more))
 
+    def write_devices(self) -> None:
+        """Writes once more what lies on devices."""
+        for at in self._on_devices:
+            self.writes[at].write()
+
     def undo(self) -> None:
         """From wherever `write` got to. Raises NotProven where it reads back something else than was there before."""
         self.read_back_s = 0.0
@@ -112,7 +126,8 @@ class Update:
         """The way back of an update that was written, as one to write; None where a reload must be undone for it."""
         if self._reload is not None:
             return None
-        return Update(self._model, [Reversed(write) for write in self.writes], None)
+        read_back = None if self._read_back is None else self._read_back.reversed()
+        return Update(self._model, [Reversed(write) for write in self.writes], None, read_back)
 
     def prove_written(self) -> bytes:
         """Reads back what was not yet, once the device is idle; gives the digest of all. Raises NotProven."""
@@ -139,21 +154,6 @@ class Update:
         return f"write {at} of {len(self.writes)} reads back as something else"
 
 
-def _read_back(writes: Sequence[Write]) -> tuple[list[int], ReadBack | None]:
-    """The numbers of those on devices, and what reads them back; None where there are none."""
-    found: list[tuple[int, DeviceWrite, bool]] = []
-    for at, write in enumerate(writes):
-        done, is_reversed = write, False
-        while isinstance(done, Reversed):
-            done, is_reversed = done.done, not is_reversed
-        if isinstance(done, DeviceWrite):
-            found.append((at, done, is_reversed))
-    if not found:
-        return [], None
-    reversed_ones = {number for number, (_, _, is_reversed) in enumerate(found) if is_reversed}
-    return [at for at, _, _ in found], ReadBack([write for _, write, _ in found], reversed_ones)
-
-
 @dataclass
 class Made:
     """An update, and what the whole rank is fingerprinted as without it and with it."""
@@ -174,7 +174,7 @@ class Made:
             return None
         return Made(
             update=update,
-            routes=self.routes,
+            routes=replace(self.routes, sources=()),
             before=self.after,
             after=self.before,
             tensors_before=self.tensors_after,
@@ -209,7 +209,7 @@ class Maker:
         `base` is the image that is installed, where reloading has to be rehearsed with it; whoever made it closes it.
         """
         self._worker, self._image, self._whole, self._base = worker, image, whole, base
-        self._budget, self._lent = Budget(device_budget_bytes), lent
+        self._budget, self._lent, self._lent_bytes = Budget(device_budget_bytes), lent, 0
         self._plan, self._split = plan, split
         self._tensors = split.tensors
         self._model = model_of(worker)
@@ -301,7 +301,7 @@ class Maker:
             raise
 
     def _make(self, before: Mapping[str, bytes], shadow: Shadow | None) -> Made:
-        self._after = dict(before)
+        self._after, self._lent_bytes = dict(before), 0
         if shadow is None:
             self._left = self._split.rest
         writes = list(self._writes({} if shadow is None else shadow.storages()))
@@ -381,8 +381,9 @@ class Maker:
         if any(target.dtype != source.dtype for target, source in pairs):
             pairs = []  # the pause is not for casting
         write = device_write(storage, found, self._budget, pairs)
-        if self._lent is not None and isinstance(write, DeviceWhole):
-            self._lent.on_close(write.let_go)
+        if self._lent is not None and isinstance(write, DeviceWhole) and write.is_lent:
+            self._lent.on_close(write)
+            self._lent_bytes += write.new_bytes
         return write
 
     def _routes(self) -> Routes:
@@ -393,7 +394,7 @@ class Maker:
             assembled=_counted([module for module in rest if module not in self._left]),
             reload=_counted([module for module in rest if module in self._left]),
             reasons=tuple(_told(self._split.reasons)),
-            sources=() if self._lent is None else tuple(self._lent.told),
+            sources=() if self._lent is None else tuple(self._lent.told(self._lent_bytes)),
         )
 
 

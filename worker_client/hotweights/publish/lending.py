@@ -13,6 +13,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SEAL_BYTES = 64
 ALIGNED_BYTES = 256
+LEASE_S_MAX = 3600.0
 START_DEADLINE_S = 60.0
 END_DEADLINE_S = 10.0
 POLL_S = 0.1
@@ -81,13 +83,18 @@ def _copied(
     memory = cuda_ipc.Lent(ordinal, end)
     try:
         memory.write(0, told.seal)
-        tensors = [(span, state[span.name].detach().contiguous()) for span in spans]
         cuda_ipc.synchronize(ordinal)  # whatever streams they are written on
-        for span, tensor in tensors:
+        for span in spans:
+            tensor = state[span.name].detach()
+            if not tensor.is_contiguous():
+                tensor = tensor.contiguous()
+                cuda_ipc.synchronize(ordinal)
             if tensor.nbytes != span.size_bytes:
                 raise TransportError(f"{span.name} has {tensor.nbytes} bytes, {span.size_bytes} in the file")
             part = next(one for one in told.ranges if 0 <= span.offset - one.file_offset < one.size_bytes)
             memory.copy(part.memory_offset + span.offset - part.file_offset, tensor.data_ptr(), span.size_bytes)
+            if tensor.data_ptr() != state[span.name].data_ptr():  # it goes
+                cuda_ipc.synchronize(ordinal)
         cuda_ipc.synchronize(ordinal)
     except BaseException:
         memory.close()
@@ -119,8 +126,12 @@ class Loan:
 
     def start(self) -> None:
         """Returns once engines can borrow it, or it is known that they cannot; that is logged then."""
+        try:
+            self._thread.start()
+        except BaseException:
+            self._copy.close()
+            raise
         atexit.register(self.end)
-        self._thread.start()
         if not self._begun.wait(START_DEADLINE_S):
             self._problem = "the agent does not answer"
             self.end()
@@ -150,8 +161,8 @@ class Loan:
             self._problem = str(error)
             if self._begun.is_set():
                 log.warning("the agent no longer lends GPU memory of this process: %s", error)
-                # Who borrowed it was told of the lease, and may read on.
-                self._end.wait(max(0.0, self._ends_at - time.monotonic()))
+                if self.borrowers:  # they were told of the lease, and may read on
+                    self._end.wait(max(0.0, self._ends_at - time.monotonic()))
         finally:
             self._copy.close()
             self._begun.set()
@@ -177,7 +188,7 @@ class Loan:
             await agent.close()
 
 
-_lock = threading.Lock()
+_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 _loans: dict[str, Loan] = {}
 
 
@@ -189,7 +200,7 @@ def lend_module(
     A process lends one version of a model at a time: the one before is freed, unless engines borrow it; then, and
     where there is no memory for a copy, nothing is lent, which is logged. None then, and when nothing is on a GPU.
     """
-    with _lock:
+    with _locks[model]:
         before = _loans.get(model)
         if before is not None and not before.is_over:
             if before.borrowers:
@@ -198,7 +209,7 @@ def lend_module(
             before.end()
         try:
             copy = DeviceCopy(state, weights)
-        except TransportError as error:
+        except (TransportError, RuntimeError) as error:  # torch has no narrower name for what CUDA refuses
             log.warning("GPU memory is not lent, engines take the image from host memory: %s", error)
             return None
         if not copy.memories:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from hotweights.publish.folder import Progress, publish_folder_async
-from hotweights.publish.lending import lend_module
+from hotweights.publish.lending import LEASE_S_MAX, Loan, lend_module
 from hotweights.v1 import model_pb2, update_pb2
+from hotweights.wire.errors import Refused
 from hotweights.worker_client.agent_client import connect_or_start
 from hotweights.worker_client.config import Config, load_config
 
@@ -78,11 +79,14 @@ async def publish_module_async(
 
     The folder is served in place and stays: remove it when other nodes hold the version. With `lend` (default: as
     HOTWEIGHTS_USE_IPC_AGENT says) a copy of what lies on GPUs stays there for this node's engines to take, until they
-    have, or for `lease_s`. `state` must not change until this returns.
+    have, or for `lease_s`, up to an hour. `state` must not change until this returns.
     """
+    if not 0 < lease_s <= LEASE_S_MAX:
+        raise ValueError(f"lease_s takes seconds, up to {LEASE_S_MAX:g}, not {lease_s:g}")
     config = config or load_config()
     home = folder or Path(await asyncio.to_thread(tempfile.mkdtemp, prefix=f"hotweights-{version}-"))
     await asyncio.to_thread(write_module, state, home, files=files)
+    loan: Loan | None = None
     if config.use_ipc_agent if lend is None else lend:
         agent = await connect_or_start(config)
         try:
@@ -90,18 +94,25 @@ async def publish_module_async(
         finally:
             await agent.close()
         # Before engines are told to update: then they find it.
-        await asyncio.to_thread(lend_module, state, home / WEIGHTS, digest, model=model, config=config, lease_s=lease_s)
-    return await publish_folder_async(
-        home,
-        model=model,
-        version=version,
-        config=config,
-        start_update=start_update,
-        options=options,
-        progress=progress,
-        wait_copies=wait_copies,
-        wait_s=wait_s,
-    )
+        loan = await asyncio.to_thread(
+            lend_module, state, home / WEIGHTS, digest, model=model, config=config, lease_s=lease_s
+        )
+    try:
+        return await publish_folder_async(
+            home,
+            model=model,
+            version=version,
+            config=config,
+            start_update=start_update,
+            options=options,
+            progress=progress,
+            wait_copies=wait_copies,
+            wait_s=wait_s,
+        )
+    except Refused:
+        if loan is not None:  # of what is no version
+            await asyncio.to_thread(loan.end)
+        raise
 
 
 def publish_module(

@@ -65,7 +65,7 @@ class Agent:
             bandwidth_max=config.bandwidth_max,
             connections=config.connections,
         )
-        self.lending = Lending()
+        self.lending = Lending(stage.pins.clients)
         self.coordinator: Coordinator | None = None
         self.session: Session | None = None
         self.used_at = time.monotonic()
@@ -182,7 +182,10 @@ class Agent:
             )
 
     def borrow_image(self, digest: bytes, client_id: str) -> tuple[Sequence[pb.DeviceMemory], float]:
-        """GPU memory of others that holds the image, and for how many seconds. Raises Refused without a client's id."""
+        """GPU memory of others that holds the image, and for how many seconds.
+
+        Raises Refused without a client's id, and where too many borrow.
+        """
         _require_client(client_id)
         return self.lending.borrow(digest, client_id)
 

@@ -5,6 +5,7 @@
            <--ends: all have returned it, or the lease is over--
 
 Several engines borrow the same memory, at different times: once one has, it is kept for those that come a little later.
+An engine that ended without returning it is found out by the image, which it no longer maps.
 """
 
 import asyncio
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 LENT_MAX = 8
 LEASE_S_MAX = 3600.0
 LATER_S = 5.0
+LOOK_S = 5.0
+BORROWERS_MAX = 256
 MEMORIES_MAX = 64
 RANGES_MAX = 1 << 16
 HANDLE_BYTES, SEAL_BYTES_MAX, NAME_LENGTH_MAX = 64, 256, 256
@@ -47,8 +50,11 @@ class _Loan:
 class Lending:
     """Of one agent. Use from its event loop."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, mapped: Callable[[bytes], list[str]], clock: Callable[[], float] = time.monotonic) -> None:
+        """`mapped` gives the clients that map an image; it is called in a thread."""
+        self._mapped = mapped
         self._clock = clock
+        self._closing = False
         self._loans: dict[bytes, _Loan] = {}
 
     async def lend(self, request: pb.LendImageRequest) -> AsyncIterator[int]:
@@ -59,10 +65,15 @@ class Lending:
         try:
             yield 0
             while (left_s := loan.done_at() - self._clock()) > 0:
+                if self._closing:
+                    raise Refused(grpc.StatusCode.UNAVAILABLE, "AGENT_ENDS", "the agent ends")
                 loan.changed.clear()
                 try:
-                    await asyncio.wait_for(loan.changed.wait(), left_s)
+                    await asyncio.wait_for(loan.changed.wait(), min(left_s, LOOK_S))
                 except asyncio.TimeoutError:
+                    for gone in loan.borrowers - set(await asyncio.to_thread(self._mapped, digest)):
+                        log.info("%s ended and had not returned what it borrowed", gone)
+                        self.give_back(digest, gone)
                     continue
                 yield len(loan.borrowers)
         finally:
@@ -70,14 +81,27 @@ class Lending:
                 del self._loans[digest]
 
     def borrow(self, digest: bytes, client_id: str) -> tuple[Sequence[pb.DeviceMemory], float]:
-        """What is lent of an image, and for how many seconds more; nothing where nobody lends it."""
+        """What is lent of an image, and for how many seconds more; nothing where nobody lends it.
+
+        Raises Refused where too many borrow it.
+        """
         loan = self._loans.get(digest)
         left_s = 0.0 if loan is None else loan.ends_at - self._clock()
         if loan is None or left_s <= 0:
             return (), 0.0
+        if len(loan.borrowers) >= BORROWERS_MAX and client_id not in loan.borrowers:
+            raise Refused(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_BORROWERS", f"{BORROWERS_MAX} clients borrow it already"
+            )
         loan.borrowers.add(client_id)
         loan.changed.set()
         return loan.memories, left_s
+
+    def close(self) -> None:
+        """Ends every loan's call: who lends keeps the memory for those who have borrowed it."""
+        self._closing = True
+        for loan in self._loans.values():
+            loan.changed.set()
 
     def give_back(self, digest: bytes, client_id: str) -> None:
         """Of what was not borrowed, or is not lent any more, too: nothing is left to do then."""

@@ -98,6 +98,7 @@ async def _serve(config: Config, stage: Stage, found: list[bytes], stop: asyncio
         await _until_over(agent, stop, lock)
     finally:
         door.stop_listening()
+        agent.lending.close()
         await server.stop(GRACE_S)
         await agent.close()
         await door.close()

@@ -123,6 +123,7 @@ class Preparing:
         if failed := refusals(answers):
             raise PrepareRefused(failed)
         answers = await self._poll(ends, deadline_s)
+        await self._return(but=digest)  # what was prepared before, the ranks have dropped
         # Asked again: what the ranks have read by now is what was verified, or the agent says that it is not.
         await self.map(digest, deadline_s)
         spoilt = any(answer.get("caches_spoilt") for answer in answers)
@@ -151,9 +152,9 @@ class Preparing:
         self._lent.add(digest)
         return {"left_s": found.left_s, "memories": [_plain(memory) for memory in found.memories]}
 
-    async def _return(self) -> None:
+    async def _return(self, but: bytes = b"") -> None:
         """Once no rank reads what was borrowed."""
-        for digest in sorted(self._lent):
+        for digest in sorted(self._lent - {but}):
             self._lent.discard(digest)
             try:
                 agent = await self.agent()
