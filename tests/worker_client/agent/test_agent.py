@@ -30,6 +30,7 @@ from hotweights.worker_client.agent import folders
 from hotweights.worker_client.agent.locks import AgentRuns
 from hotweights.worker_client.agent.process import serve_agent
 from hotweights.worker_client.agent_client import AgentClient, connect_or_start
+from hotweights.worker_client.image.delta import make_delta
 from hotweights.worker_client.image.folder import INDEX
 from hotweights.worker_client.image.manifest import Image, build_manifest
 from hotweights.worker_client.stage.errors import StageTaken
@@ -296,8 +297,8 @@ async def test_a_publisher_whose_folder_of_the_version_before_is_gone_sends_plai
         before = (await source.publish_folder(first, "m", "v1")).manifest_digest
         await coordinator.hears("a", "b")
         await coordinator.outcome("b", coordinator.stage("b", before, "a"))
-        digest = (await source.publish_folder(second, "m", "v2")).manifest_digest
         touch_bytes(first / "model-1.safetensors", 1000)  # as the new version has it: no delta of these would be right
+        digest = (await source.publish_folder(second, "m", "v2")).manifest_digest
         number = coordinator.stage("b", digest, "a")
         assert (await coordinator.outcome("b", number)).staged.manifest_digest == digest
         assert contents(await reader.map_image(digest, "replica-0")) == contents(second)
@@ -643,3 +644,81 @@ async def test_an_agent_that_is_gone_is_unreachable(home: Path) -> None:
         await agent.status()
     with pytest.raises(Unreachable):
         await agent.__class__(config).probe()
+
+
+@pytest.fixture
+def deltas_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the deltas that agents make in this process."""
+    made: list[int] = []
+
+    def noted(target: memoryview, base: memoryview) -> bytes | None:
+        delta = make_delta(target, base)
+        made.append(-1 if delta is None else len(delta))
+        return delta
+
+    monkeypatch.setattr("hotweights.worker_client.agent.data.make_delta", noted)
+    return made
+
+
+def a_step(folder: Path, to: Path, *, places: list[int]) -> Path:
+    """The folder with other bytes at some places of its first file."""
+    shutil.copytree(folder, to)
+    for place in places:
+        touch_bytes(to / "model-0.safetensors", place)
+    return to
+
+
+async def test_deltas_to_the_version_before_are_made_while_a_version_is_published(
+    home: Path, coordinator: SmallCoordinator, deltas_made: list[int]
+) -> None:
+    async with (
+        agent_of(a_config(home, "a", coordinator.endpoint)) as source,
+        agent_of(a_config(home, "b", coordinator.endpoint)),
+    ):
+        first = make_folder(home / "v1")
+        one = await source.publish_folder(first, "m", "v1")
+        await source.publish_folder(make_folder(home / "other", seed=5), "another", "v1")
+        assert not deltas_made, "there is nothing before it"
+        step = a_step(first, home / "v2", places=[1000, 150_000])
+        two = await source.publish_folder(step, "m", "v2")
+        await until(lambda: len(deltas_made) == 2, "a delta of each bucket that changed")
+        assert all(0 < size < 100 for size in deltas_made)
+        await coordinator.hears("a", "b")
+        assert (await coordinator.outcome("b", coordinator.stage("b", one.manifest_digest, "a"))).staged
+        staged = (await coordinator.outcome("b", coordinator.stage("b", two.manifest_digest, "a"))).staged
+        assert staged.manifest_digest == two.manifest_digest
+        assert len(deltas_made) == 2, "the reader was given what was there"
+
+
+async def test_of_a_version_of_which_everything_changed_only_a_few_buckets_are_looked_at(
+    home: Path, coordinator: SmallCoordinator, deltas_made: list[int]
+) -> None:
+    async with agent_of(a_config(home, "a", coordinator.endpoint)) as source:
+        for seed in (1, 2):
+            folder = make_folder(home / f"v{seed}", seed=seed, tensor_bytes=1_000_000)
+            await source.publish_folder(folder, "m", f"v{seed}")
+        await until(lambda: len(deltas_made) >= 8, "some were tried")
+        await asyncio.sleep(0.3)
+        assert set(deltas_made) == {-1}
+        assert len(deltas_made) < 16
+
+
+async def test_an_agent_ends_while_it_makes_deltas(
+    home: Path, coordinator: SmallCoordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow(target: memoryview, base: memoryview) -> bytes:
+        loop.call_soon_threadsafe(begun.set)
+        time.sleep(0.2)
+        return b"d"
+
+    monkeypatch.setattr("hotweights.worker_client.agent.data.make_delta", slow)
+    async with agent_of(a_config(home, "a", coordinator.endpoint)) as source:
+        first = make_folder(home / "v1", tensor_bytes=4_000_000)
+        await source.publish_folder(first, "m", "v1")
+        await source.publish_folder(a_step(first, home / "v2", places=list(range(1000, 8_000_000, 65536))), "m", "v2")
+        await asyncio.wait_for(begun.wait(), 10)
+        ends = loop.time()
+    assert loop.time() - ends < 5

@@ -32,6 +32,7 @@ from hotweights.worker_client.config import Config
 from hotweights.worker_client.session import Session
 from hotweights.worker_client.stage.errors import ImageAltered
 from hotweights.worker_client.stage.stage import Stage
+from hotweights.worker_client.stage.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class Agent:
         self._calls = 0
         self._orders: Orders | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._foreseeing: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._foreseeing.set_result(0)
 
     async def start(self, found: list[bytes]) -> None:
         """`found` is what Stage.open gave. Raises OSError, ValueError for a data port that cannot be."""
@@ -98,6 +101,8 @@ class Agent:
             await self.session.close()
         for task in self._tasks:
             task.cancel()
+        self._foreseeing.cancel()
+        await asyncio.wait({self._foreseeing})
         if self._orders is not None:
             await self._orders.close()
         await self.images.close()
@@ -140,6 +145,7 @@ class Agent:
         known.image.check_unchanged()
         # Served before it is declared: whoever hears of the version finds a holder.
         self._holdings_changed()
+        self._foresee(known, request.model)
         version = await self.coordinator.publish(
             coordinator_service_pb2.PublishHeader(
                 model=request.model,
@@ -157,6 +163,16 @@ class Agent:
         self._holdings_changed()
         log.info("%s is published as %s/%s", known.folder, version.model, version.name)
         return version
+
+    def _foresee(self, known: Known, model: str) -> None:
+        """Begins with the deltas to the version that was published here before."""
+        before = self.folders.published_before(known, model)
+        if before is None:
+            return
+        self._foreseeing.cancel()
+        target, base = known.image, before.image
+        self._foreseeing = asyncio.ensure_future(in_thread(lambda stop: self.data.foresee(target, base, stop)))
+        self._foreseeing.add_done_callback(_told)
 
     async def map_image(self, digest: bytes, client_id: str) -> Path:
         """Raises NotStaged, ImageAltered, and Refused without a client's id."""
@@ -279,6 +295,11 @@ class Agent:
                 grpc.StatusCode.FAILED_PRECONDITION, "NO_COORDINATOR", "manifests of other nodes need a coordinator"
             )
         return await self.coordinator.manifest(digest)
+
+
+def _told(foreseeing: "asyncio.Future[int]") -> None:
+    if not foreseeing.cancelled() and (error := foreseeing.exception()) is not None:
+        log.error("making deltas beforehand failed in a way it must not", exc_info=error)
 
 
 def _require_client(client_id: str) -> None:

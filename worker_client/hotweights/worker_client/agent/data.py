@@ -29,10 +29,12 @@ from hotweights.v1.worker_service_pb2 import Source
 from hotweights.wire.allowance import Allowance, Rate
 from hotweights.wire.endpoint import Endpoint
 from hotweights.wire.tokens import KEY_BYTES, BadToken, check_token
-from hotweights.worker_client.agent.deltas import Deltas
+from hotweights.worker_client.agent.deltas import KEPT_BYTES, Deltas, changed_buckets
 from hotweights.worker_client.agent.folders import Folders
 from hotweights.worker_client.image.delta import make_delta
+from hotweights.worker_client.image.digests import on_all_cores, usable_cores
 from hotweights.worker_client.image.errors import BadImage, FolderChanged
+from hotweights.worker_client.image.manifest import Image
 from hotweights.worker_client.image.reader import BucketReader
 from hotweights.worker_client.stage.partial import Partial
 from hotweights.worker_client.stage.stage import Stage
@@ -43,6 +45,7 @@ CONNECT_DEADLINE_S = 10.0
 # Of what strangers do, so much is logged.
 OF_ONE_HOST, OF_ALL_HOSTS = Rate(burst=5, every_s=60.0), Rate(burst=20, every_s=10.0)
 TRANSPORT, OVER_TLS = "tcp", "tcps"
+USELESS_MAX = 8  # buckets of a version of which no delta is smaller
 MAKING_MAX = 4  # deltas that are being made at once: each takes up to four times its bucket
 
 
@@ -204,6 +207,32 @@ class DataPort:
         if made is not None:
             self._deltas.put(key, made)
         return made
+
+    def foresee(self, target: Image, base: Image, stop: Callable[[], bool]) -> int:
+        """Makes deltas of `target` to `base` before anybody asks, as many as are kept; how many bytes. In a thread.
+
+        Ends where the first few show that it is not worth it, and at what cannot be read any more.
+        """
+        kept = tried = 0
+        ended = threading.Event()
+
+        def make(bucket: manifest_pb2.Bucket, _: memoryview) -> None:
+            nonlocal kept, tried
+            if ended.is_set() or stop():
+                return
+            try:
+                view = self.open(target.digest, bucket.file, bucket.offset, bucket.size_bytes)
+            except NotHeld as error:
+                log.info("no deltas are made beforehand: %s", error)
+                ended.set()
+                return
+            made = self.delta(target.digest, base.digest, bucket.file, bucket.offset, view)
+            kept, tried = kept + len(made or b""), tried + 1  # of threads: rough figures do
+            if kept >= KEPT_BYTES or (not kept and tried >= USELESS_MAX):
+                ended.set()
+
+        on_all_cores(changed_buckets(target.manifest, base.manifest), make, min(usable_cores(), MAKING_MAX))
+        return kept
 
     def locate(self, image: bytes, file: int) -> Place | None:
         """See BucketSource. In a thread."""

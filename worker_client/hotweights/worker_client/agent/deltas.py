@@ -1,13 +1,22 @@
-"""Deltas of buckets that were made or received lately: readers of one source ask for the same ones."""
+"""Deltas of buckets that were made or received lately, or made ahead: readers of one source ask for the same ones."""
 
 import threading
 from collections import OrderedDict
 from typing import TypeAlias
 
+from hotweights.v1.manifest_pb2 import Bucket, Manifest
+
 # Image, base, file, offset, size.
 Key: TypeAlias = tuple[bytes, bytes, int, int, int]
 
 KEPT_BYTES = 64 << 20
+
+
+def changed_buckets(target: Manifest, base: Manifest) -> list[Bucket]:
+    """Buckets that `base` has at the same place, with other bytes."""
+    before = {(bucket.file, bucket.offset, bucket.size_bytes): bucket.digest for bucket in base.buckets}
+    places = ((bucket, (bucket.file, bucket.offset, bucket.size_bytes)) for bucket in target.buckets)
+    return [bucket for bucket, place in places if before.get(place, bucket.digest) != bucket.digest]
 
 
 class Deltas:

@@ -100,6 +100,11 @@ class Folders:
             if known.image.digest == digest:
                 self._forget(key, why)
 
+    def published_before(self, known: Known, model: str) -> Known | None:
+        """The folder that was published last as a version of the model, other than this one."""
+        of_model = (one for one in self._known.values() if any(of == model for of, _ in one.versions))
+        return next((one for one in reversed(list(of_model)) if one is not known), None)
+
     def publish_as(self, known: Known, model: str, version: str) -> None:
         """From now on it is served as this version, over restarts."""
         if (model, version) not in known.versions:
