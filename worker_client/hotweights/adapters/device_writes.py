@@ -10,6 +10,7 @@ allocated anew, so that addresses stay as CUDA graphs recorded them.
 
 import functools
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ class Budget:
         return self._uploads[device]
 
 
-class DeviceWrite:
+class DeviceWrite(ABC):
     """Is proven when all writes of the update are on their way: see ReadBack."""
 
     on_host = False
@@ -124,11 +125,13 @@ class DeviceWrite:
     old_sums: torch.Tensor
     """What ReadBack finds where it was written, and where it was not."""
 
+    @abstractmethod
     def write(self) -> None:
-        raise NotImplementedError
+        """See Write."""
 
+    @abstractmethod
     def undo(self) -> None:
-        raise NotImplementedError
+        """See Write."""
 
     @property
     def new_proof(self) -> bytes:
@@ -142,20 +145,22 @@ class DeviceWrite:
         return _proof(ReadBack([self]).sums())
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
-        raise NotImplementedError
+        """That is written to."""
 
     def summed_in_place(self) -> torch.Tensor | None:
         """Bytes on the device, whole blocks, which are written all."""
+        return None
 
     @property
     def is_of_others(self) -> bool:
         """Whether those come from where others may write: their sums are weighted then."""
         return False
 
+    @abstractmethod
     def gathered(self) -> Iterator["Part"]:
         """What else is written, in parts of at most PIECE_BYTES."""
-        return iter(())
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from hotweights.v1 import fleet_pb2, model_pb2, update_pb2
 from hotweights.v1 import worker_service_pb2 as pb
 from hotweights.wire import failpoints
 from hotweights.wire.errors import HotweightsError
-from hotweights.worker_client.window.engine import Engine, EngineFailed, PauseMode
+from hotweights.worker_client.window.engine import Engine, EngineFailed
 from hotweights.worker_client.window.identify import (
     FAILED,
     Images,
@@ -29,6 +29,7 @@ from hotweights.worker_client.window.identify import (
     meet,
     prove,
 )
+from hotweights.worker_client.window.messages import FAILURES, mode_of, paused_ms, times_message
 from hotweights.worker_client.window.prepare import RELEASE_DEADLINE_S, PrepareRefused, Preparing
 from hotweights.worker_client.window.sleep import CALLED_BACK, Sleep
 from hotweights.worker_client.window.window import (
@@ -45,17 +46,6 @@ log = logging.getLogger(__name__)
 
 ORDERS_MAX = 8
 PREPARE_DEADLINE_S = 600.0
-
-_MODES: dict[int, PauseMode] = {
-    update_pb2.INFLIGHT_DRAIN: "drain",
-    update_pb2.INFLIGHT_ABORT: "abort",
-    update_pb2.INFLIGHT_KEEP: "keep",
-}
-_FAILURES = {
-    Outcome.EXPIRED: pb.APPLY_FAILURE_EXPIRED,
-    Outcome.UNDONE: pb.APPLY_FAILURE_UNDONE,
-    Outcome.TORN: pb.APPLY_FAILURE_TORN,
-}
 
 
 class Stream(Protocol):
@@ -308,20 +298,20 @@ class ReplicaController:
             failed.failure, failed.reason = pb.APPLY_FAILURE_UNDONE, str(error)
             failed.active_digest = self.active_digest
             return
-        window = self._window_times(result, taken.arrived)
+        window = times_message(result.times, self._clock() - taken.arrived)
         if result.outcome is Outcome.APPLIED:
             report.applied.active_digest = self.active_digest
             report.applied.fingerprints.extend(self.fingerprints)
             report.applied.window.CopyFrom(window)
             report.applied.note = result.note
             self.last_window = window
-            log.info("now serving %s; paused %.1f ms", order.version or "the base", _paused_ms(window))
+            log.info("now serving %s; paused %.1f ms", order.version or "the base", paused_ms(window))
             return
         log.warning("window of %s: %s, %s", order.version, result.outcome.value, result.reason)
         if self.torn:
             ended = "The engine stays paused" if self._torn_stays else "The processes of the engine were ended"
             log.error("TORN: %s. %s: it may be half-written. Restart the server.", result.reason, ended)
-        failed.failure, failed.reason = _FAILURES[result.outcome], result.reason
+        failed.failure, failed.reason = FAILURES[result.outcome], result.reason
         failed.active_digest = self.active_digest
         failed.window.CopyFrom(window)
 
@@ -394,7 +384,7 @@ class ReplicaController:
         window = WindowOrder(
             folder=folder,
             version=order.version,
-            mode=_mode(order, clears_caches=not folder or (prepared is not None and prepared.caches_spoilt)),
+            mode=mode_of(order, clears_caches=not folder or (prepared is not None and prepared.caches_spoilt)),
             begin_by=taken.arrived + order.validity_s,
             quiesce_deadline_s=order.quiesce_deadline_s,
             apply_deadline_s=order.apply_deadline_s,
@@ -439,21 +429,3 @@ class ReplicaController:
             await self._preparing.release(self.active_digest, RELEASE_DEADLINE_S, retain)
         except (Unanswered, EngineFailed, Unproven) as error:
             log.warning("the ranks could not let go of the update: %s", error)
-
-    def _window_times(self, result: WindowResult, arrived: float) -> update_pb2.WindowTimes:
-        return update_pb2.WindowTimes(
-            quiesce_ms=result.times.quiesce_ms,
-            apply_ms=result.times.apply_ms,
-            resume_ms=result.times.resume_ms,
-            total_ms=(self._clock() - arrived) * 1000.0,
-        )
-
-
-def _mode(order: pb.ApplyImage, *, clears_caches: bool) -> PauseMode:
-    """As ordered; but where the KV cache is cleared, nothing in flight can go on with what it computed."""
-    mode = _MODES.get(order.inflight, "recompute")
-    return "recompute" if mode == "keep" and clears_caches else mode
-
-
-def _paused_ms(window: update_pb2.WindowTimes) -> float:
-    return window.quiesce_ms + window.apply_ms + window.resume_ms
