@@ -110,7 +110,8 @@ def prepared(live: Any, base: Sequence[Any], share: float, budget: int) -> tuple
     """An update that writes other bits to a share of all values; and how many that are."""
     import torch
 
-    from hotweights.adapters.device_writes import Budget, device_write
+    from hotweights.adapters.device_writes import device_write
+    from hotweights.adapters.placed import Budget
     from hotweights.adapters.update import Update
     from hotweights.adapters.writes import difference
 

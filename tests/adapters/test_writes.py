@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hotweights.adapters.device_writes import Budget, DeviceElements, DeviceWhole, DeviceWrite, ReadBack, device_write
+from hotweights.adapters.device_writes import DeviceElements, DeviceWhole, DeviceWrite, ReadBack, device_write
+from hotweights.adapters.placed import Budget
 from hotweights.adapters.writes import (
     Elements,
     Function,

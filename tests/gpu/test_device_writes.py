@@ -4,7 +4,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hotweights.adapters.device_writes import Budget, device_write  # noqa: E402
+from hotweights.adapters.device_writes import device_write  # noqa: E402
+from hotweights.adapters.placed import Budget  # noqa: E402
 from hotweights.adapters.writes import difference, proof_of  # noqa: E402
 
 pytestmark = [

@@ -17,7 +17,7 @@ import torch
 from blake3 import blake3
 
 from hotweights.adapters.components import model_of
-from hotweights.adapters.device_writes import Budget, DeviceWhole, DeviceWrite, ReadBack, device_write
+from hotweights.adapters.device_writes import DeviceWhole, DeviceWrite, ReadBack, device_write
 from hotweights.adapters.direct import Split, spread
 from hotweights.adapters.fingerprint import (
     Probe,
@@ -29,6 +29,7 @@ from hotweights.adapters.fingerprint import (
 from hotweights.adapters.lent import LentImage
 from hotweights.adapters.load_plan import Copy, LoadPlan, named_tensors
 from hotweights.adapters.mapped import MappedImage
+from hotweights.adapters.placed import Budget
 from hotweights.adapters.routes import AfterTensors, NotReproduced, Reload
 from hotweights.adapters.shadow import Shadow, beyond
 from hotweights.adapters.twins import NoShadow
