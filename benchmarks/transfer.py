@@ -103,6 +103,8 @@ class Memory:
     def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
         return self.at_hand(image, file, offset, size)
 
+    def delta_at_hand(self, image: bytes, base: bytes, file: int, offset: int, size: int) -> None: ...
+
     def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
         return None
 

@@ -29,6 +29,9 @@ class _Held:
             raise NotHeld(image, file, offset, size, "only one file of one image here")
         return memoryview(CONTENT)[offset : offset + size]
 
+    def delta_at_hand(self, image: bytes, base: bytes, file: int, offset: int, size: int) -> bytes | None:
+        return None
+
     def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
         return bytes(view[: len(view) // 2])
 

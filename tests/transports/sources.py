@@ -27,7 +27,8 @@ class Held:
     """A BucketSource of one file. With `gate`, opening waits until a test opens it.
 
     Where `there` is given, so many bytes from the start have come so far: `come` brings more. What is `in_memory` is
-    given without a thread. `deltas`, by base, are of every range. `place` is where its readers find the file.
+    given without a thread. `deltas`, by base, are of every range; those of
+    `made_before` are at hand. `place` is where its readers find the file.
     """
 
     content: bytes
@@ -36,6 +37,7 @@ class Held:
     there: int | None = None
     in_memory: bool = False
     deltas: dict[bytes, bytes] = field(default_factory=dict)
+    made_before: dict[bytes, bytes] = field(default_factory=dict)
     place: Place | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -51,6 +53,9 @@ class Held:
         if self.there is not None and offset + size > self.there:
             raise NotYet(image, self.there)
         return memoryview(self.content)[offset : offset + size]
+
+    def delta_at_hand(self, image: bytes, base: bytes, file: int, offset: int, size: int) -> bytes | None:
+        return self.made_before.get(base)
 
     def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
         return self.deltas.get(base)

@@ -200,6 +200,18 @@ async def test_who_names_a_base_gets_its_delta_at_the_beginning_of_his_memory(tr
         await connection.close()
 
 
+async def test_for_a_delta_that_is_at_hand_the_range_is_not_opened(transport: Transport) -> None:
+    base, delta = bytes(reversed(IMAGE)), b"what changed"
+    source = Held(CONTENT, made_before={base: delta})
+    async with serving(transport, source) as server:
+        connection = await transport.connect(server.address, token=TOKEN, deadline_s=5)
+        into = bytearray(80)
+        assert await connection.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5, base=base) == len(delta)
+        assert into[: len(delta)] == delta
+        assert not source.opened.is_set()
+        await connection.close()
+
+
 async def test_a_delta_that_is_no_shorter_than_the_range_is_not_sent(transport: Transport) -> None:
     base = bytes(reversed(IMAGE))
     async with serving(transport, Held(CONTENT, deltas={base: b"12345"})) as server:

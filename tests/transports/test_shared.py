@@ -128,9 +128,9 @@ async def test_what_was_wrong_there_is_read_from_the_source_over_whatever_connec
     async with serving(TcpTransport(), source) as server:
         connection = await transport.connect(server.address, token=TOKEN, deadline_s=5)
         assert await read(connection) == CONTENT
-        assert connection.doubt()
+        assert connection.doubt(IMAGE, 0, connection.way)
         assert await read(connection) == OTHER
-        assert not connection.doubt()
+        assert not connection.doubt(IMAGE, 0, connection.way)
         another = await transport.connect(server.address, token=TOKEN, deadline_s=5)
         assert await read(another) == OTHER
         assert another.way == "tcp (not from the shared folder: its bytes are another version's)"

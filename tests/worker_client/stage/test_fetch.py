@@ -1,6 +1,7 @@
 """Fetching from other nodes: every byte proven, and whoever fails is passed over."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -61,6 +62,9 @@ class Node:
             self.wrong_times[file, offset] -= 1
             data[len(data) // 2] ^= 1
         return memoryview(data)
+
+    def delta_at_hand(self, image: bytes, base: bytes, file: int, offset: int, size: int) -> bytes | None:
+        return None
 
     def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
         if base not in self.bases:
@@ -186,6 +190,36 @@ async def test_a_source_without_the_image_or_that_refuses_the_token_is_not_asked
     assert not nodes[1].asked
 
 
+async def test_the_next_bucket_is_received_while_the_one_before_is_verified(
+    image: Image, nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "HASHED_HERE_BYTES", 0)
+    real, asked_while_verifying = Partial.matches, list[int]()
+
+    def matches(self: Partial, index: int) -> bool:
+        ends = time.monotonic() + 5
+        while not asked_while_verifying and sum(nodes[0].asked.values()) < 2 and time.monotonic() < ends:
+            time.sleep(0.005)
+        asked_while_verifying.append(sum(nodes[0].asked.values()))
+        return real(self, index)
+
+    monkeypatch.setattr(Partial, "matches", matches)
+    await Fetch(partial, sources(nodes[:1]), connect, no_progress, parallel=1).run()
+    assert contents(partial.folder) == contents(image.folder)
+    assert asked_while_verifying[0] == 2
+    assert sum(nodes[0].asked.values()) == len(image.manifest.buckets)
+
+
+async def test_a_last_bucket_that_is_wrong_is_asked_for_again(
+    image: Image, nodes: list[Node], partial: Partial
+) -> None:
+    last = image.manifest.buckets[-1]
+    nodes[0].wrong_times[last.file, last.offset] = 1
+    await Fetch(partial, sources(nodes[:1]), connect, no_progress, parallel=1).run()
+    assert contents(partial.folder) == contents(image.folder)
+    assert nodes[0].asked[last.file, last.offset] == 2
+
+
 async def test_a_source_that_is_getting_the_image_is_waited_for_while_more_of_it_comes(
     image: Image, nodes: list[Node], partial: Partial
 ) -> None:
@@ -234,7 +268,7 @@ async def test_a_source_that_sends_wrong_bytes_is_left_for_good(
     tally = Tally()
     await Fetch(partial, sources(nodes), connect, no_progress, tally=tally).run()
     assert contents(partial.folder) == contents(image.folder)
-    assert sum(nodes[0].asked.values()) <= 2 * fetch.WRONG_MAX + fetch.PARALLEL
+    assert sum(nodes[0].asked.values()) <= 2 * fetch.WRONG_MAX + 2 * fetch.PARALLEL
     assert {(left.source_node_id, left.lied) for left in tally.left} == {("node-0", True)}
     assert "wrong bytes" in tally.left[0].reason
 
@@ -252,7 +286,7 @@ async def test_a_source_that_only_says_a_little_more_each_time_is_left(
             Talker.said += 1
             raise NotYet(image.digest, Talker.said)
 
-        def doubt(self) -> bool:
+        def doubt(self, image: bytes, file: int, way: str) -> bool:
             return False
 
         async def close(self) -> None: ...

@@ -55,6 +55,9 @@ class BucketSource(Protocol):
         NotYet for what is on its way here.
         """
 
+    def delta_at_hand(self, image: bytes, base: bytes, file: int, offset: int, size: int) -> bytes | None:
+        """As `delta`, of one that is there already: called on the event loop, must not block."""
+
     def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
         """What makes `view`, a range of `image` that was just opened, of the same range of the image `base`.
 
@@ -111,10 +114,10 @@ class Connection(Protocol):
         Raises NotHeld, NotYet, TokenRefused, PeerGone, DeadlinePassed.
         """
 
-    def doubt(self) -> bool:
-        """What the last read gave was wrong: whether it came from elsewhere than the source, which itself is asked now.
+    def doubt(self, image: bytes, file: int, way: str) -> bool:
+        """What a read of the file gave by `way` was wrong: whether that came from elsewhere than the source.
 
-        Then it is no failure of the source's.
+        Then it is no failure of the source's, which itself is asked from now on.
         """
 
     async def close(self) -> None:
@@ -159,6 +162,9 @@ async def open_shortest(
     source: BucketSource, image: bytes, file: int, offset: int, size: int, base: bytes | None
 ) -> memoryview:
     """As open_or_wait; the delta to `base` instead where there is one."""
+    delta = None if base is None else source.delta_at_hand(image, base, file, offset, size)
+    if delta and len(delta) < size:
+        return memoryview(delta)
     view = await open_or_wait(source, image, file, offset, size)
     if base is None:
         return view

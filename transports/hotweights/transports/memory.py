@@ -100,7 +100,7 @@ class MemoryConnection:
             self._closed.set()
             raise PeerGone(self._server.address, "ended the connection")
 
-    def doubt(self) -> bool:
+    def doubt(self, image: bytes, file: int, way: str) -> bool:
         return False
 
     async def close(self) -> None:

@@ -71,9 +71,9 @@ class MpiConnection(TcpConnection):
                 await asyncio.sleep(0)
         return wish.size
 
-    def doubt(self) -> bool:
+    def doubt(self, image: bytes, file: int, way: str) -> bool:
         """Whoever broadcast it is not always the source that was asked; a bucket that went by comes no second time."""
-        return self.way == BROADCAST
+        return way == BROADCAST
 
     def _drop(self) -> None:
         super()._drop()

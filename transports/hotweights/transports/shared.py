@@ -97,7 +97,6 @@ class SharedConnection:
         self._connection = connection
         self._address = address
         self._folders = folders
-        self._last: tuple[bytes, int] | None = None
         self._places: dict[tuple[bytes, int], Place | None] = {}
         self._turn = asyncio.Lock()
         self._closed = asyncio.Event()
@@ -122,7 +121,6 @@ class SharedConnection:
             raise DeadlinePassed(self._address, "reading", deadline_s) from None
         why = self._folders.against(image, file)
         self.way = f"{self._connection.way} (not from the shared folder: {why})" if why else self._connection.way
-        self._last = None
         return size
 
     async def _read_in_place(self, image: bytes, file: int, offset: int, into: memoryview, deadline_s: float) -> bool:
@@ -146,7 +144,7 @@ class SharedConnection:
                 self._closed.set()
                 await self._connection.close()
                 raise
-            self.way, self._last = _FILE, (image, file)
+            self.way = _FILE
             return True
 
     async def _find(self, image: bytes, file: int, deadline_s: float) -> Place | None:
@@ -186,10 +184,10 @@ class SharedConnection:
             reading.result()
             into[at : at + len(part)] = part
 
-    def doubt(self) -> bool:
-        if self._last is None:
-            return self._connection.doubt()
-        self._folders.doubt(*self._last, "its bytes are another version's")
+    def doubt(self, image: bytes, file: int, way: str) -> bool:
+        if way != _FILE:
+            return self._connection.doubt(image, file, way)
+        self._folders.doubt(image, file, "its bytes are another version's")
         return True
 
     async def close(self) -> None:

@@ -114,7 +114,7 @@ class TcpConnection:
             return PeerGone(self._address, "has too many readers")
         raise frames.Garbage("refuses the connection in the middle of it")
 
-    def doubt(self) -> bool:
+    def doubt(self, image: bytes, file: int, way: str) -> bool:
         return False
 
     async def close(self) -> None:

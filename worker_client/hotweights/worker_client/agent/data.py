@@ -14,7 +14,8 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from hotweights.transports.address import parse_address
@@ -29,8 +30,8 @@ from hotweights.v1.worker_service_pb2 import Source
 from hotweights.wire.allowance import Allowance, Rate
 from hotweights.wire.endpoint import Endpoint
 from hotweights.wire.tokens import KEY_BYTES, BadToken, check_token
-from hotweights.worker_client.agent.deltas import KEPT_BYTES, Deltas, changed_buckets
-from hotweights.worker_client.agent.folders import Folders
+from hotweights.worker_client.agent.deltas import KEPT_BYTES, Deltas, Rooms, changed_buckets
+from hotweights.worker_client.agent.folders import Folders, Known
 from hotweights.worker_client.image.delta import make_delta
 from hotweights.worker_client.image.digests import on_all_cores, usable_cores
 from hotweights.worker_client.image.errors import BadImage, FolderChanged
@@ -82,7 +83,7 @@ class DataPort:
         self._reader = BucketReader()
         self._server: Server | None = None
         self._deltas = Deltas()
-        self._making = threading.BoundedSemaphore(MAKING_MAX)
+        self._rooms = Rooms(MAKING_MAX)
         self._allowance = Allowance(OF_ONE_HOST, OF_ALL_HOSTS)
         self._withdraw: Callable[[bytes, str], None] = lambda digest, why: None
         self._arrivals: dict[bytes, asyncio.Future[None]] = {}
@@ -177,32 +178,48 @@ class DataPort:
 
     def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
         """See BucketSource. In a thread."""
+        with self._folder_of(image, file, offset, size) as known:
+            return self._reader.read_range(known.image, file, offset, size)
+
+    def _read(self, image: bytes, file: int, offset: int, into: memoryview) -> None:
+        """As open, into memory that is there. Raises NotHeld, OSError."""
+        with self._folder_of(image, file, offset, len(into)) as known:
+            self._reader.read_into(known.image, file, offset, into)
+
+    @contextmanager
+    def _folder_of(self, image: bytes, file: int, offset: int, size: int) -> Iterator[Known]:
+        """The folder to read a range from; it is withdrawn where it changed. Raises NotHeld."""
         known = self._folders.peek(image)
         if known is None:
             raise NotHeld(image, file, offset, size)
         try:
-            return self._reader.read_range(known.image, file, offset, size)
+            yield known
         except FolderChanged as error:
             self._withdraw(image, str(error))
             raise NotHeld(image, file, offset, size, str(error)) from error
         except ValueError as error:
             raise NotHeld(image, file, offset, size, str(error)) from error
 
+    def delta_at_hand(self, image: bytes, base: bytes, file: int, offset: int, size: int) -> bytes | None:
+        """See BucketSource."""
+        return self._deltas.get((image, base, file, offset, size))
+
     def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
         """See BucketSource. In a thread."""
         key = image, base, file, offset, view.nbytes
-        known = self._deltas.get(key)
+        known = self._deltas.get(key)  # made while this range was opened
         if known is not None:
             return known
-        try:
-            manifest = self._stage.peek(base)
-            if manifest is not None:
-                before = self._staged(manifest, base, file, offset, view.nbytes)
-            else:
-                before = self.open(base, file, offset, view.nbytes)
-        except (NotHeld, OSError):
-            return None
-        with self._making:
+        with self._rooms.take(view.nbytes) as room:
+            try:
+                manifest = self._stage.peek(base)
+                if manifest is not None:
+                    before = self._staged(manifest, base, file, offset, view.nbytes)
+                else:
+                    self._read(base, file, offset, room)
+                    before = room
+            except (NotHeld, OSError):
+                return None
             made = make_delta(view, before)
         if made is not None:
             self._deltas.put(key, made)
@@ -214,19 +231,20 @@ class DataPort:
         Ends where the first few show that it is not worth it, and at what cannot be read any more.
         """
         kept = tried = 0
-        ended = threading.Event()
+        ended, rooms = threading.Event(), Rooms(MAKING_MAX)
 
         def make(bucket: manifest_pb2.Bucket, _: memoryview) -> None:
             nonlocal kept, tried
             if ended.is_set() or stop():
                 return
-            try:
-                view = self.open(target.digest, bucket.file, bucket.offset, bucket.size_bytes)
-            except NotHeld as error:
-                log.info("no deltas are made beforehand: %s", error)
-                ended.set()
-                return
-            made = self.delta(target.digest, base.digest, bucket.file, bucket.offset, view)
+            with rooms.take(bucket.size_bytes) as view:
+                try:
+                    self._read(target.digest, bucket.file, bucket.offset, view)
+                except (NotHeld, OSError) as error:
+                    log.info("no deltas are made beforehand: %s", error)
+                    ended.set()
+                    return
+                made = self.delta(target.digest, base.digest, bucket.file, bucket.offset, view)
             kept, tried = kept + len(made or b""), tried + 1  # of threads: rough figures do
             if kept >= KEPT_BYTES or (not kept and tried >= USELESS_MAX):
                 ended.set()

@@ -2,6 +2,8 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 from hotweights.v1.manifest_pb2 import Bucket, Manifest
@@ -17,6 +19,26 @@ def changed_buckets(target: Manifest, base: Manifest) -> list[Bucket]:
     before = {(bucket.file, bucket.offset, bucket.size_bytes): bucket.digest for bucket in base.buckets}
     places = ((bucket, (bucket.file, bucket.offset, bucket.size_bytes)) for bucket in target.buckets)
     return [bucket for bucket, place in places if before.get(place, bucket.digest) != bucket.digest]
+
+
+class Rooms:
+    """Memory for `count` buckets, used again and again: new pages take longer than what is read into them."""
+
+    def __init__(self, count: int) -> None:
+        self._turns = threading.BoundedSemaphore(count)
+        self._free: list[bytearray] = []
+
+    @contextmanager
+    def take(self, size_bytes: int) -> Iterator[memoryview]:
+        """One of them, for as long. Waits until there is one. Thread-safe."""
+        with self._turns:
+            room = self._free.pop() if self._free else bytearray()
+            if len(room) < size_bytes:
+                room = bytearray(size_bytes)
+            try:
+                yield memoryview(room)[:size_bytes]
+            finally:
+                self._free.append(room)
 
 
 class Deltas:

@@ -15,22 +15,33 @@ class BucketReader:
 
     def read_range(self, image: Image, file_index: int, offset: int, size: int) -> memoryview:
         """The bytes, in memory of their own. Raises FolderChanged, and ValueError for a range that is not there."""
-        files = image.manifest.files
-        if not 0 <= file_index < len(files):
-            raise ValueError(f"there is no file {file_index}; the image has {len(files)}")
-        name, end = files[file_index].name, files[file_index].size_bytes
-        if offset < 0 or not 0 < size <= RANGE_BYTES_MAX or offset + size > end:
-            raise ValueError(f"{name} has {end} bytes, not {size} from {offset} on")
+        _name_of(image, file_index, offset, size)  # before there is memory for it
         data = memoryview(bytearray(size))
+        self.read_into(image, file_index, offset, data)
+        return data.toreadonly()
+
+    def read_into(self, image: Image, file_index: int, offset: int, into: memoryview) -> None:
+        """As read_range, into memory that is there: new pages take longer than what is read into them."""
+        name = _name_of(image, file_index, offset, len(into))
         try:
             with FileIO(image.path(file_index)) as file:
-                _read_full(file, offset, data, image, name)
+                _read_full(file, offset, into, image, name)
                 # Of the open file: its path may lead elsewhere by now. After reading: it covers both.
                 if stamp_of(file) != image.stamps[file_index]:
                     raise FolderChanged(image.folder, name)
         except (BadImage, FileNotFoundError):
             raise FolderChanged(image.folder, name) from None
-        return data.toreadonly()
+
+
+def _name_of(image: Image, file_index: int, offset: int, size: int) -> str:
+    """Of the file that has a range. Raises ValueError where none has it."""
+    files = image.manifest.files
+    if not 0 <= file_index < len(files):
+        raise ValueError(f"there is no file {file_index}; the image has {len(files)}")
+    name, end = files[file_index].name, files[file_index].size_bytes
+    if offset < 0 or not 0 < size <= RANGE_BYTES_MAX or offset + size > end:
+        raise ValueError(f"{name} has {end} bytes, not {size} from {offset} on")
+    return name
 
 
 def _read_full(file: FileIO, offset: int, into: memoryview, image: Image, name: str) -> None:

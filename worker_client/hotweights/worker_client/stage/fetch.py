@@ -1,6 +1,6 @@
 """An image from other nodes into the stage: a few buckets at a time, from the best source that works.
 
-    todo --source in order of preference--> received in place --hash right--> good
+    todo --source in order of preference--> received in place --hash right--> good    (the next is received meanwhile)
       ^                                          |
       +----- failed or wrong: next source -------+      a source that fails rests a while, then is out
 
@@ -46,6 +46,7 @@ WRONG_MAX = 2  # buckets of one source
 REST_S = 0.2  # after the first failure; doubles
 
 
+Doubt = Callable[[bytes, int, str], bool]
 Open = Callable[[Source], Awaitable[Connection]]
 # Image, base, bucket; and the delta that made the one of the other there.
 Received = Callable[[bytes, bytes, manifest_pb2.Bucket, bytes], None]
@@ -53,10 +54,6 @@ Received = Callable[[bytes, bytes, manifest_pb2.Bucket, bytes], None]
 
 class Stalled(Exception):
     """A source that is staging the image itself gets no further."""
-
-
-class NoFit(Exception):
-    """What came is not the bucket, and the source is perhaps right: it is asked once more, in another way."""
 
 
 class WrongBytes(Exception):
@@ -92,6 +89,23 @@ class _Standing:
     held_bytes: int = -1
     grew_at: float = 0.0
     """When it was seen to get more of the image: of one that is staging it."""
+
+
+@dataclass
+class _Came:
+    """A bucket that was received, and is not known to be right yet."""
+
+    index: int
+    source: Source
+    way: str
+    size: int
+    """Of what came, in bytes."""
+    base: Base | None
+    """To which a delta was asked for."""
+    delta: bytes | None
+    """What came instead of the bucket."""
+    doubt: Doubt
+    """See Connection.doubt."""
 
 
 class Fetch:
@@ -146,8 +160,13 @@ class Fetch:
         """Takes bucket after bucket, over one connection for as long as its source is the best."""
         connection: Connection | None = None
         used: Source | None = None
+        judging: asyncio.Task[None] | None = None
         try:
-            while self._todo:
+            while self._todo or judging is not None:
+                if not self._todo and judging is not None:
+                    await judging  # what was wrong is to do again
+                    judging = None
+                    continue
                 index = self._todo.popleft()
                 size = self._partial.manifest.buckets[index].size_bytes
                 source = await self._choose()
@@ -162,21 +181,24 @@ class Fetch:
                 try:
                     if connection is None:
                         connection, used = await self._open_source(source), source
-                    await self._receive(connection, source, index, base)
+                    came = await self._receive(connection, source, index, base)
+                    if judging is not None:
+                        await judging
+                    judging = asyncio.ensure_future(self._judge(came))
                 except (NotYet, NotHeld) as error:
                     self._todo.appendleft(index)
                     self._pace.give_back(taken)
                     await self._wait_for(source, error)
-                except NoFit as error:
-                    self._todo.appendleft(index)
-                    log.warning("bucket %d, from %s: %s", index, source.node_id, error)
-                except (TransportError, WrongBytes) as error:
+                except TransportError as error:
                     self._todo.appendleft(index)
                     self._struck(source, error)
                     if connection is not None:
                         await connection.close()
                         connection = None
         finally:
+            if judging is not None:
+                judging.cancel()
+                await asyncio.wait({judging})
             if connection is not None:
                 await connection.close()
 
@@ -196,8 +218,8 @@ class Fetch:
     def _is_out(self, source: Source) -> bool:
         return self._standing(source).out or self._wrong[source.node_id] >= WRONG_MAX
 
-    async def _receive(self, connection: Connection, source: Source, index: int, base: Base | None) -> None:
-        """Asks for a delta to `base`, where there is one."""
+    async def _receive(self, connection: Connection, source: Source, index: int, base: Base | None) -> _Came:
+        """Asks for a delta to `base`, where there is one. Raises TransportError."""
         bucket = self._partial.manifest.buckets[index]
         with self._partial.view(index) as place:
             came = await connection.read_into(
@@ -211,30 +233,46 @@ class Fetch:
             delta = bytes(place[:came]) if base is not None and came < bucket.size_bytes else None
         if base is not None:
             await self._pace.take(came)
-        if bucket.size_bytes <= HASHED_HERE_BYTES and delta is None:
-            right = self._is_right(index, base, delta)
+        return _Came(index, source, connection.way, came, base, delta, connection.doubt)
+
+    async def _judge(self, came: _Came) -> None:
+        """Whether what came is the bucket: if not, it is to do again."""
+        bucket = self._partial.manifest.buckets[came.index]
+        if bucket.size_bytes <= HASHED_HERE_BYTES and came.delta is None:
+            right = self._is_right(came)
         else:
-            right = await in_thread(lambda _: self._is_right(index, base, delta))
-        if not right and delta is not None:
-            self._no_deltas.add(source.node_id)
+            right = await in_thread(lambda _: self._is_right(came))
+        if right:
+            self._take(came)
+            return
+        self._todo.appendleft(came.index)
+        node = came.source.node_id
+        if came.delta is not None:
+            log.warning("bucket %d, from %s: a delta that does not fit", came.index, node)
+            self._no_deltas.add(node)
             if len(self._no_deltas) >= NO_FIT_MAX:  # it is rather ours that is another than it says
                 self._base = None
-            raise NoFit("a delta that does not fit")
-        if not right and connection.doubt():
-            raise NoFit(f"wrong bytes by {connection.way}, which are not its own; it is asked itself")
-        if not right:
-            self._wrong[source.node_id] += 1
-            raise WrongBytes(f"bucket {index} came with wrong bytes")
-        if base is not None and delta is not None and self._received is not None:
-            self._received(self._partial.digest, base.digest, bucket, delta)
-        self._tally.wire_bytes += came
-        standing, now = self._standing(source), asyncio.get_running_loop().time()
+        elif came.doubt(self._partial.digest, bucket.file, came.way):
+            log.warning(
+                "bucket %d, from %s: wrong bytes by %s, not its own; it is asked itself", came.index, node, came.way
+            )
+        else:
+            self._wrong[node] += 1
+            self._struck(came.source, WrongBytes(f"bucket {came.index} came with wrong bytes"))
+
+    def _take(self, came: _Came) -> None:
+        """Of a bucket that is right."""
+        bucket = self._partial.manifest.buckets[came.index]
+        if came.base is not None and came.delta is not None and self._received is not None:
+            self._received(self._partial.digest, came.base.digest, bucket, came.delta)
+        self._tally.wire_bytes += came.size
+        standing, now = self._standing(came.source), asyncio.get_running_loop().time()
         standing.failures, standing.grew_at = 0, now
-        self._tally.way = connection.way
+        self._tally.way = came.way
         self._fetched_bytes += bucket.size_bytes
-        self._tally.source = source.node_id
+        self._tally.source = came.source.node_id
         self._tally.bytes_per_s = self._fetched_bytes / max(now - self._begun_at, 1e-3)
-        self._partial.mark_good(index)
+        self._partial.mark_good(came.index)
         self._progress(self._partial.bytes_done, self._partial.bytes_total)
 
     def _base_for(self, index: int, source: Source) -> Base | None:
@@ -243,11 +281,11 @@ class Fetch:
             return None
         return self._base if self._base.has_place_of(self._partial.manifest.buckets[index]) else None
 
-    def _is_right(self, index: int, base: Base | None, delta: bytes | None) -> bool:
+    def _is_right(self, came: _Came) -> bool:
         """Whether what came is the bucket, or its delta makes it. In any thread."""
-        if base is not None and delta is not None:
-            return base.rebuild(self._partial, index, delta)
-        return self._partial.matches(index)
+        if came.base is not None and came.delta is not None:
+            return came.base.rebuild(self._partial, came.index, came.delta)
+        return self._partial.matches(came.index)
 
     async def _wait_for(self, source: Source, error: NotYet | NotHeld) -> None:
         """Of a source that does not have a bucket: whether it may be asked again soon, later or never."""
