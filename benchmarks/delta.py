@@ -5,6 +5,8 @@
     wire_share_X    bytes that left the publisher's link, over the image, where X % of the values changed (01: 0.1 %)
     speedup_1       time of the whole image to a node with nothing, over that of a version with 1 % changed, each from
                     publishing (hashing the folder) until the node has it verified in its stage
+    speedup_next    likewise of the version after that, 1 % of it changed too: a trainer's every step but the first. The
+                    node gives up the oldest image for it, whose memory it need not get from the system anew
     plain_overhead  time of staging a version in which everything changed on a node with the one before, over one with
                     nothing: what looking for deltas costs
 
@@ -106,10 +108,10 @@ class Pair:
         self._fleet.kill_agent(self._node)
         shutil.rmtree(self._stages / self._node.name, ignore_errors=True)
         self._fleet.start_agent(self._node)
-
-    def send(self, folder: Path) -> tuple[Took, float, float]:
-        """What it took, bytes on the wire over the image, and the most memory of an agent, in MB."""
         self._models += 1
+
+    def send(self, folder: Path, version: str) -> tuple[Took, float, float]:
+        """What it took, bytes on the wire over the image, and the most memory of an agent, in MB."""
         settings = {"HOTWEIGHTS_STAGE_DIR": str(self._stages / self._publisher.name), "HOTWEIGHTS_NODE": "here"}
         sent = 0
 
@@ -119,7 +121,11 @@ class Pair:
 
         with watched(self._fleet.agent_pids()) as most:
             took = asyncio.run(
-                distribute(ENDPOINT, load_config(settings), folder, f"m{self._models}", [self._node.name], begin=begin)
+                distribute(
+                    *(ENDPOINT, load_config(settings), folder, f"m{self._models}", [self._node.name]),
+                    version=version,
+                    begin=begin,
+                )
             )
         return took, (sent_bytes(self._publisher) - sent) / self.size_bytes, max(most)
 
@@ -131,11 +137,12 @@ def measure(pair: Pair, stages: Path, runs: int) -> dict[str, list[float]]:
         values = random_values(random, pair.size_bytes)
         before = write(stages / "before", values)
         for name, share in SHARES.items():
-            after = write(stages / "after", changed_values(random, values, share))
+            values_after = changed_values(random, values, share)
+            after = write(stages / "after", values_after)
             pair.forget()
             os.utime(before / "model.safetensors")  # so that publishing hashes it again
-            full, _, _ = pair.send(before)
-            step, wire, memory = pair.send(after)
+            full, _, _ = pair.send(before, "v1")
+            step, wire, memory = pair.send(after, "v2")
             progress(
                 f"run {run}: the whole in {full.publish_s:.2f} + {full.update_s:.2f} s, with {name} changed in "
                 f"{step.publish_s:.2f} + {step.update_s:.2f} s, {wire:.4f} images on the wire, {memory:.0f} MB"
@@ -149,6 +156,14 @@ def measure(pair: Pair, stages: Path, runs: int) -> dict[str, list[float]]:
                 ("agent_memory", memory),
             ):
                 found.setdefault(key, []).append(value)
+            if name == "1":
+                later = write(stages / "later", changed_values(random, values_after, share))
+                next_step, _, _ = pair.send(later, "v3")
+                progress(
+                    f"run {run}: and the version after that in {next_step.publish_s:.2f} + {next_step.update_s:.2f} s"
+                )
+                found.setdefault("next_1", []).append(next_step.publish_s + next_step.update_s)
+                shutil.rmtree(later)
             shutil.rmtree(after)
         shutil.rmtree(before)
     return found
@@ -169,7 +184,7 @@ def main() -> int:
         try:
             nodes = stack.enter_context(netns.nodes(2, MBIT))
         except netns.NoNamespaces as error:
-            for key in (*(f"wire_share_{name}" for name in SHARES), "speedup_1", "plain_overhead"):
+            for key in (*(f"wire_share_{name}" for name in SHARES), "speedup_1", "speedup_next", "plain_overhead"):
                 report.skip(key, str(error))
             report.emit(as_json=arguments.json)
             return 0
@@ -182,6 +197,7 @@ def main() -> int:
     for name in SHARES:
         report.ratios[f"wire_share_{name}"] = report.medians[f"wire_{name}"]["value"]  # type: ignore[assignment]
     report.ratio("speedup_1", found["full_1"], found["step_1"])
+    report.ratio("speedup_next", found["full_1"], found["next_1"])
     report.ratio("plain_overhead", found["step_stage_100"], found["full_stage_100"])
     report.emit(as_json=arguments.json)
     return 0

@@ -60,13 +60,15 @@ async def distribute(
     model: str,
     nodes: Sequence[str],
     *,
+    version: str = "v1",
     begin: Callable[[], object] = lambda: None,
     meanwhile: Callable[[], Awaitable[set[str]]] | None = None,
 ) -> Took:
     """Publishes and updates, and waits in between for who is to take part.
 
-    `publisher` is the config of the publisher's agent, `model` one that no other call names. `begin` is called right
-    before the clock starts; `meanwhile` runs beside it and gives the nodes that are not waited for.
+    `publisher` is the config of the publisher's agent, `model` and `version` are such as no other call names.
+    `begin` is called right before the clock starts; `meanwhile` runs beside it and gives the nodes that are not
+    waited for.
     """
     from hotweights.v1 import coordinator_service_pb2 as pb
     from hotweights.v1 import coordinator_service_pb2_grpc as rpc
@@ -80,7 +82,7 @@ async def distribute(
     replicas = [Replica(endpoint, node, model) for node in nodes]
     try:
         published_at = time.perf_counter()
-        await agent.publish_folder(folder, model, "v1")
+        await agent.publish_folder(folder, model, version)
         publish_s = time.perf_counter() - published_at
         for replica in replicas:
             await asyncio.wait_for(replica.welcome.wait(), DEADLINE_S)
@@ -90,12 +92,12 @@ async def distribute(
                 raise TimeoutError(f"no agent on {sorted(missing)}" if missing else "the publisher is not there")
             listed = await coordinator.ListNodes(pb.ListNodesRequest(page_size=100), timeout=10)
             missing = set(nodes) - {node.id for node in listed.nodes if node.connected}
-            found = await coordinator.GetVersion(pb.GetVersionRequest(model=model, version="v1"), timeout=10)
+            found = await coordinator.GetVersion(pb.GetVersionRequest(model=model, version=version), timeout=10)
             held = bool(found.version.holder_node_ids)
             await asyncio.sleep(0.1)
         begin()
         begun = time.perf_counter()
-        started = await coordinator.StartUpdate(pb.StartUpdateRequest(model=model, version="v1"), timeout=20)
+        started = await coordinator.StartUpdate(pb.StartUpdateRequest(model=model, version=version), timeout=20)
         gone = await meanwhile() if meanwhile is not None else set()
         waiting = [replica.prepares.wait() for replica in replicas if replica.node not in gone]
         await asyncio.wait_for(asyncio.gather(*waiting), DEADLINE_S)
