@@ -34,6 +34,8 @@ SENT_MAX = 1 << 17
 # A broadcast that takes longer, for each of its MiB beside, holds nobody any more: a rank hangs.
 STUCK_S, STUCK_S_PER_MIB = 5.0, 0.1
 START_S, END_S = 60.0, 5.0
+# Where a job ends, a rank that is told so is mostly about to end as well.
+CLOSING_S = 1.0
 _BUSY_S, _NAP_S, _SLEEP_S = 0.05, 5e-5, 2e-3
 HANGS = "an MPI broadcast hangs"
 _WANT_TAG = 7
@@ -175,6 +177,8 @@ class MpiLane:
             for _, sent in left:
                 self._call(_settle, sent, MpiOver("the MPI job is over"))
             self._call(self._wake)
+        # It keeps the interpreter until all ranks are in it, and whoever launched them kills who has not ended soon.
+        self._closing.wait(CLOSING_S)
         mpi.Finalize()  # all are here: an end was told to everybody
 
     def _lead(self) -> None:
