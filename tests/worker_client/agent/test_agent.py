@@ -1,6 +1,7 @@
 """Agents as engines, publishers and the coordinator meet them: real sockets, real TCP, real files."""
 
 import asyncio
+import errno
 import importlib.util
 import json
 import os
@@ -688,6 +689,34 @@ async def test_deltas_to_the_version_before_are_made_while_a_version_is_publishe
         staged = (await coordinator.outcome("b", coordinator.stage("b", two.manifest_digest, "a"))).staged
         assert staged.manifest_digest == two.manifest_digest
         assert len(deltas_made) == 2, "the reader was given what was there"
+
+
+async def test_where_memory_runs_out_while_an_image_comes_it_is_refused_freed_and_comes_another_time(
+    home: Path, coordinator: SmallCoordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.posix_fallocate, 0
+
+    def runs_out(handle: int, offset: int, size: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            time.sleep(0.2)  # buckets come meanwhile
+        if calls >= 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle, offset, size)
+
+    monkeypatch.setattr("hotweights.worker_client.stage.partial._PIECE_BYTES", 1 << 20)
+    config = a_config(home, "b", coordinator.endpoint)
+    async with agent_of(a_config(home, "a", coordinator.endpoint)) as source, agent_of(config):
+        version = await source.publish_folder(make_folder(home / "v1", tensor_bytes=4_000_000), "m", "v1")
+        await coordinator.hears("a", "b")
+        monkeypatch.setattr(os, "posix_fallocate", runs_out)
+        failed = await coordinator.outcome("b", coordinator.stage("b", version.manifest_digest, "a"))
+        assert "more for this image" in failed.stage_failed.reason
+        assert not list(config.stage_dir.glob(f"{version.manifest_digest.hex()}*"))
+        monkeypatch.setattr(os, "posix_fallocate", real)
+        again = await coordinator.outcome("b", coordinator.stage("b", version.manifest_digest, "a"))
+        assert again.staged.manifest_digest == version.manifest_digest
 
 
 async def test_of_a_version_of_which_everything_changed_only_a_few_buckets_are_looked_at(

@@ -1,5 +1,6 @@
 """The stage's promises: whole, verified, read-only, within its room, and never what somebody still needs."""
 
+import asyncio
 import os
 import stat
 import subprocess
@@ -16,6 +17,7 @@ from hotweights.worker_client.image.digests import digest_of
 from hotweights.worker_client.image.errors import BadImage, FolderChanged
 from hotweights.worker_client.image.manifest import Image
 from hotweights.worker_client.stage import pins
+from hotweights.worker_client.stage.allocating import Allocating
 from hotweights.worker_client.stage.copy import copy_folder
 from hotweights.worker_client.stage.errors import ImageAltered, NotStaged, StageFull, StageTaken, StageUnsafe
 from hotweights.worker_client.stage.stage import Stage, safe_folder
@@ -87,13 +89,62 @@ def test_an_image_that_is_not_complete_cannot_be_mapped(stage: Stage, tmp_path: 
     assert not (stage.root / image.digest.hex()).exists()
 
 
-def test_files_have_all_their_pages_before_the_first_byte_comes(stage: Stage, tmp_path: Path) -> None:
+def test_a_bucket_has_room_once_all_its_pages_are_there(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotweights.worker_client.stage.partial._PIECE_BYTES", 1 << 14)
     image = make_image(tmp_path / "v1")
     partial, _ = stage.reserve(image.digest, image.blob)
+    buckets = range(len(image.manifest.buckets))
+    assert not any(partial.has_room(index) for index in buckets)
+    seen = set[int]()
+
+    def look() -> None:
+        with_room = [bucket for index, bucket in enumerate(image.manifest.buckets) if partial.has_room(index)]
+        seen.add(len(with_room))
+        for bucket in with_room:
+            state = (partial.folder / image.manifest.files[bucket.file].name).stat()
+            assert state.st_size == image.manifest.files[bucket.file].size_bytes
+            assert state.st_blocks * 512 >= bucket.offset + bucket.size_bytes
+
+    stage.allocate(partial, look, lambda: False)
+    assert all(partial.has_room(index) for index in buckets)
+    assert len(seen) > 2, "it came bit by bit"
     for file in image.manifest.files:
-        state = (partial.folder / file.name).stat()
-        assert state.st_size == file.size_bytes
-        assert state.st_blocks * 512 >= file.size_bytes
+        assert (partial.folder / file.name).stat().st_blocks * 512 >= file.size_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small tmpfs")
+async def test_room_that_somebody_else_takes_while_an_image_comes_is_a_refusal_and_nobodys_death(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotweights.worker_client.stage.partial._PIECE_BYTES", 1 << 14)
+    mount = tmp_path / "shm"
+    mount.mkdir()
+    mounting = await asyncio.create_subprocess_exec("mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mount)
+    if await mounting.wait():
+        pytest.skip("this container may not mount")
+    stage = Stage(mount / "stage")
+    try:
+        image = make_image(tmp_path / "v1", tensor_bytes=500_000)
+        stage.open()
+        partial, _ = stage.reserve(image.digest, image.blob)
+        (mount / "others").write_bytes(bytes((2 << 20) - image.size_bytes // 2))
+        room = Allocating(stage, partial)
+        last = len(image.manifest.buckets) - 1
+        with pytest.raises(StageFull) as refused:
+            await asyncio.wait_for(room.of(last), 10)
+        assert refused.value.needed_bytes > refused.value.free_bytes
+        assert not partial.has_room(last)
+        await room.close()
+        stage.abandon(partial, gone=True)
+        assert not list(stage.root.glob("*.partial"))
+        (mount / "others").unlink()
+        put(stage, image)
+        assert stage.held() == [image.digest]
+    finally:
+        stage.close()
+        assert await (await asyncio.create_subprocess_exec("umount", mount)).wait() == 0
 
 
 def test_only_one_agent_uses_a_stage(stage: Stage) -> None:

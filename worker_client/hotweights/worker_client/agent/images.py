@@ -15,9 +15,10 @@ from hotweights.wire import failpoints
 from hotweights.worker_client.agent.folders import Folders
 from hotweights.worker_client.agent.work import Work
 from hotweights.worker_client.image.errors import FolderChanged
+from hotweights.worker_client.stage.allocating import Allocating
 from hotweights.worker_client.stage.base import Base
 from hotweights.worker_client.stage.copy import copy_folder
-from hotweights.worker_client.stage.errors import SourcesFailed
+from hotweights.worker_client.stage.errors import SourcesFailed, StageFull
 from hotweights.worker_client.stage.fetch import PARALLEL, Fetch, Open, Received, Tally
 from hotweights.worker_client.stage.partial import Partial, Progress
 from hotweights.worker_client.stage.stage import Stage
@@ -144,19 +145,28 @@ class Images:
             await self._folders.recalled(digest)
         blob = await self._find_manifest(digest, sources)
         reserved: list[tuple[Partial, bool]] = []  # filled even when we are cancelled meanwhile
+        room, full = None, False
         try:
             await in_thread(lambda _: reserved.append(self.stage.reserve(digest, blob)))
             partial, resumed = reserved[0]
+            room = Allocating(self.stage, partial)
             if resumed:
+                await room.all()
                 await in_thread(lambda stop: partial.scan(stoppable(figures.write, stop)))
                 log.info("image %s: %d buckets are to come", digest.hex()[:16], len(partial.missing))
             figures.write(partial.bytes_done, partial.bytes_total)
-            await self._fill(partial, sources, figures, tally)
+            await self._fill(partial, sources, figures, tally, room)
+            await room.all()
             await in_thread(lambda _: self.stage.finish(partial))
             log.info("image %s is staged: %d bytes", digest.hex()[:16], partial.bytes_total)
+        except StageFull:
+            full = True
+            raise
         finally:
+            if room is not None:
+                await room.close()
             for unfinished, _ in reserved:
-                self.stage.abandon(unfinished)
+                self.stage.abandon(unfinished, gone=full)
             self._arrived(digest)
             self._changed()
 
@@ -171,7 +181,9 @@ class Images:
             raise SourcesFailed(digest, [])
         return await self._manifest_of(digest)
 
-    async def _fill(self, partial: Partial, sources: list[Source], figures: Figures, tally: Tally) -> None:
+    async def _fill(
+        self, partial: Partial, sources: list[Source], figures: Figures, tally: Tally, room: Allocating
+    ) -> None:
         """From a folder of this node if there is one, else, or if it changed, from the sources."""
 
         def progress(bytes_done: int, bytes_total: int) -> None:
@@ -181,6 +193,7 @@ class Images:
         known = self._folders.find(partial.digest) if partial.missing else None
         if known is not None:
             image = known.image
+            await room.all()
             try:
                 await in_thread(lambda stop: copy_folder(partial, image, stoppable(progress, stop)))
             except FolderChanged as error:
@@ -192,17 +205,24 @@ class Images:
         bases: list[Base] = []  # filled even when we are cancelled meanwhile
         try:
             await in_thread(lambda _: bases.extend(self.stage.base_of(partial.manifest)))
-            await self._take_over(partial, bases[0] if bases else None, sources, progress, tally)
+            await self._take_over(partial, bases[0] if bases else None, sources, progress, tally, room)
         finally:
             for base in bases:
                 base.close()
 
     async def _take_over(
-        self, partial: Partial, base: Base | None, sources: list[Source], progress: Progress, tally: Tally
+        self,
+        partial: Partial,
+        base: Base | None,
+        sources: list[Source],
+        progress: Progress,
+        tally: Tally,
+        room: Allocating,
     ) -> None:
         """What is unchanged from `base`, the rest from the sources, as deltas to it where they have it too."""
         parallel = self._connections
         if base is not None:
+            await room.all()
             await in_thread(lambda stop: base.copy_unchanged(partial, stoppable(progress, stop)))
             parallel = max(parallel, DELTAS_AT_ONCE)
         if partial.missing:
@@ -214,6 +234,7 @@ class Images:
                 parallel=parallel,
                 pace=self._pace,
                 tally=tally,
+                room=room.of,
             )
             fetch.ask_deltas(base, self._received)
             await fetch.run()

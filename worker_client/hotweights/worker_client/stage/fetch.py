@@ -27,7 +27,7 @@ from hotweights.v1.worker_service_pb2 import Source, SourceLeft
 from hotweights.worker_client.stage.base import Base
 from hotweights.worker_client.stage.errors import SourcesFailed
 from hotweights.worker_client.stage.partial import Partial, Progress
-from hotweights.worker_client.stage.threads import in_thread
+from hotweights.worker_client.stage.threads import in_thread, outlast
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,9 @@ class Fetch:
         parallel: int = PARALLEL,
         pace: Pace | None = None,
         tally: Tally | None = None,
+        room: Callable[[int], Awaitable[None]] | None = None,
     ) -> None:
+        """`room` returns when a bucket may be received; it is there where none is given."""
         self._partial = partial
         self._sources = sources
         self._open_source = open_source
@@ -131,6 +133,7 @@ class Fetch:
         self._parallel = parallel
         self._pace = pace or Pace()
         self._tally = tally or Tally()
+        self._room = room
         self._fetched_bytes = 0
         self._begun_at = 0.0
         self._todo = deque(sorted(partial.missing))
@@ -168,6 +171,8 @@ class Fetch:
                     judging = None
                     continue
                 index = self._todo.popleft()
+                if self._room is not None:
+                    await self._room(index)
                 size = self._partial.manifest.buckets[index].size_bytes
                 source = await self._choose()
                 if source is None:
@@ -198,7 +203,7 @@ class Fetch:
         finally:
             if judging is not None:
                 judging.cancel()
-                await asyncio.wait({judging})
+                await outlast(judging)
             if connection is not None:
                 await connection.close()
 

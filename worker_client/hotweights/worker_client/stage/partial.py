@@ -1,6 +1,8 @@
-"""An image on its way into the stage: allocated in full, filled bucket by bucket, each one verified in place.
+"""An image on its way into the stage: filled bucket by bucket, each one verified in place.
 
-    absent --allocate--> partial --every bucket right--> complete, 0440, renamed
+    absent --create--> partial --allocated, ahead of who fills it--> --every bucket right--> complete, 0440, renamed
+
+Nothing is written to a map before the file has its pages there: a sparse file on a full tmpfs kills whoever touches it.
 
 What a former agent left is kept: its buckets are hashed where they lie, and only the missing and
 the wrong ones are fetched again.
@@ -20,6 +22,8 @@ from hotweights.worker_client.stage.buckets import BucketVerifier
 
 Progress = Callable[[int, int], None]
 
+_PIECE_BYTES = 64 << 20  # gets its pages at once
+
 
 def image_bytes(manifest: manifest_pb2.Manifest) -> int:
     """Bytes of all files."""
@@ -38,15 +42,16 @@ class Partial:
         self.bytes_done = 0
         self._lock = threading.Lock()
         self._views: list[memoryview] = []
+        self._allocated = [0] * len(manifest.files)
         self._verifier = BucketVerifier(manifest)
         self._first_of: dict[int, int] = {}
         for index, bucket in enumerate(manifest.buckets):
             self._first_of.setdefault(bucket.file, index)
 
-    def allocate(self) -> bool:
-        """Makes every file at its full size and maps it; whether there was something to resume.
+    def create(self) -> bool:
+        """Makes every file at its full size, its pages to come, and maps it; whether there was something to resume.
 
-        Raises OSError (ENOSPC) before anything is mapped: a write to a page that cannot be had kills the process.
+        Raises OSError.
         """
         resumed = self.folder.is_dir()
         for folder in sorted({(self.folder / file.name).parent for file in self.manifest.files} | {self.folder}):
@@ -58,7 +63,7 @@ class Partial:
                     self.folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode=0o600
                 )
                 handles.append(handle)
-                _allocate(handle, file.size_bytes)
+                _set_size(handle, file.size_bytes)
             for handle, file in zip(handles, self.manifest.files, strict=True):
                 # The view keeps its map alive; an empty file cannot be mapped.
                 self._views.append(memoryview(mmap.mmap(handle, file.size_bytes) if file.size_bytes else b""))
@@ -66,6 +71,30 @@ class Partial:
             for handle in handles:
                 os.close(handle)
         return resumed
+
+    def allocate(self, advanced: Callable[[], object] = lambda: None, stop: Callable[[], bool] = lambda: False) -> None:
+        """Takes the room for all files, in their order; `advanced` is called whenever there is more of it.
+
+        Blocks: some seconds for 16 GiB. Raises OSError (ENOSPC); ends early once `stop()`.
+        """
+        for number, file in enumerate(self.manifest.files):
+            handle = os.open(self.folder / file.name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                for at in range(0, file.size_bytes, _PIECE_BYTES):
+                    if stop():
+                        return
+                    size = min(_PIECE_BYTES, file.size_bytes - at)
+                    if sys.platform != "darwin":  # where _set_size took it
+                        os.posix_fallocate(handle, at, size)
+                    self._allocated[number] = at + size
+                    advanced()
+            finally:
+                os.close(handle)
+
+    def has_room(self, index: int) -> bool:
+        """Whether bucket `index` may be written where it goes."""
+        bucket = self.manifest.buckets[index]
+        return bucket.offset + bucket.size_bytes <= self._allocated[bucket.file]
 
     def scan(self, progress: Progress | None = None) -> None:
         """Counts what is right already, with all cores. What `progress` raises ends it."""
@@ -125,17 +154,11 @@ class Partial:
         self._views = []
 
 
-def _allocate(handle: int, size_bytes: int) -> None:
-    """Gives the file all its pages now. A sparse file on a full tmpfs would kill whoever touches it (SIGBUS)."""
-    if os.fstat(handle).st_size > size_bytes:
-        os.ftruncate(handle, size_bytes)
-    if not size_bytes:
-        return
-    if sys.platform != "darwin":
-        os.posix_fallocate(handle, 0, size_bytes)
-        return
-    # macOS has no posix_fallocate: write zeros behind what is there.
-    zeros = bytes(1 << 20)
+def _set_size(handle: int, size_bytes: int) -> None:
+    """Without pages where the system can give them later: macOS has no posix_fallocate, zeros are written there."""
     have = os.fstat(handle).st_size
-    while have < size_bytes:
+    if sys.platform != "darwin" or have > size_bytes:
+        os.ftruncate(handle, size_bytes)
+    zeros = bytes(1 << 20) if have < size_bytes and sys.platform == "darwin" else b""
+    while zeros and have < size_bytes:
         have += os.pwrite(handle, zeros[: size_bytes - have], have)

@@ -5,7 +5,8 @@
     <stage>/<digest>.manifest    its manifest, kept beside
     <stage>/pins/, pinned.json   who needs which image: clients, and the coordinator
 
-Room is taken under one lock for all models, before the first byte moves. What is not pinned goes
+Room is promised under one lock for all models, before the first byte moves, and taken ahead of what
+fills it: where others took the memory meanwhile the image is refused, and what it had is freed. What is not pinned goes
 only when the next staging starts and needs its place. All methods block; call them in a thread.
 """
 
@@ -17,7 +18,7 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,11 @@ class Stage:
 
     def room(self) -> Room:
         """What the next image may take without anything going."""
-        return measure_room(self.root, used_bytes=self.used_bytes(), quota_bytes=self._quota_bytes)
+        room = measure_room(self.root, used_bytes=self.used_bytes(), quota_bytes=self._quota_bytes)
+        with self._lock:
+            filling = list(self._filling.values())
+        promised = sum(max(0, partial.bytes_total - _allocated_bytes(partial.folder)) for partial in filling)
+        return Room(max(0, room.free_bytes - promised), room.limited_by)
 
     def left_manifest(self, digest: bytes) -> bytes | None:
         """The manifest kept beside an image or an unfinished one, if it is still what its name says."""
@@ -222,7 +227,9 @@ class Stage:
         return False
 
     def reserve(self, digest: bytes, blob: bytes) -> tuple[Partial, bool]:
-        """Takes all the room the image needs; whether there are buckets of it to scan. `blob` is its manifest.
+        """Promises the image all the room it needs; whether there are buckets of it to scan. `blob` is its manifest.
+
+        The room is taken with `allocate`; until then nobody else is promised it.
 
         Code rides along here: whoever published the version asked for it, and the digest says so.
         Others go for it if they must and may. Raises StageFull, BadImage.
@@ -236,16 +243,23 @@ class Stage:
             self._make_room(digest, needed_bytes)
             _write_manifest(self.root / f"{digest.hex()}{_MANIFEST}", blob)
             try:
-                resumed = partial.allocate()
-            except OSError as error:
+                resumed = partial.create()
+            except OSError:
                 partial.close()
-                if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
-                    raise
-                room = self.room()
-                self._drop(partial.folder)
-                raise StageFull(self.root, needed_bytes, room.free_bytes, room.limited_by) from error
+                raise
             self._filling[digest] = partial
             return partial, resumed
+
+    def allocate(self, partial: Partial, advanced: Callable[[], object], stop: Callable[[], bool]) -> None:
+        """See Partial.allocate. Raises StageFull where somebody else took the room meanwhile, OSError."""
+        try:
+            partial.allocate(advanced, stop)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
+                raise
+            room = measure_room(self.root, used_bytes=self.used_bytes(), quota_bytes=self._quota_bytes)
+            needed_bytes = partial.bytes_total - _allocated_bytes(partial.folder)
+            raise StageFull(self.root, needed_bytes, room.free_bytes, room.limited_by) from error
 
     def finish(self, partial: Partial) -> Path:
         """Makes a filled image one that may be mapped."""
@@ -269,11 +283,13 @@ class Stage:
             del self._filling[partial.digest]  # last: who looks without the lock finds one or the other
             return folder
 
-    def abandon(self, partial: Partial) -> None:
-        """Stops filling; what is good stays for the next try."""
+    def abandon(self, partial: Partial, *, gone: bool = False) -> None:
+        """Stops filling; what is good stays for the next try, unless it is to be `gone`."""
         partial.close()
         with self._lock:
             self._filling.pop(partial.digest, None)
+            if gone:
+                self._drop(partial.folder)
 
     # --- an image goes ---------------------------------------------------------------------------
 

@@ -48,9 +48,14 @@ async def in_thread(work: Callable[[Callable[[], bool]], T]) -> T:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         stopped.set()
-        while not running.done():
-            with suppress(asyncio.CancelledError):  # once is enough: the thread must have ended
-                await asyncio.wait({running})
-        if not running.cancelled():
-            running.exception()  # looked at: nobody else will
+        await outlast(running)
         raise
+
+
+async def outlast(work: "asyncio.Future[T]") -> None:
+    """Waits until work that was called off has ended, however often who waits is called off himself."""
+    while not work.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({work})
+    if not work.cancelled():
+        work.exception()  # looked at: nobody else will
