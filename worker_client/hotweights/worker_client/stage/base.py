@@ -56,17 +56,20 @@ class Base:
         """Whether a bucket lies there here too, of whatever content."""
         return _place(bucket) in self._digests
 
+    def unchanged(self, partial: Partial) -> list[int]:
+        """Buckets that are missing there and the same here."""
+        buckets = partial.manifest.buckets
+        return [at for at in sorted(partial.missing) if self._digests.get(_place(buckets[at])) == buckets[at].digest]
+
     def copy_unchanged(self, partial: Partial, progress: Progress) -> None:
-        """Fills what is missing and the same here, on all cores."""
+        """Fills what is unchanged, on all cores."""
 
         def copy(index: int, _: memoryview) -> None:
             if self.rebuild(partial, index, None):  # not so if this image was altered since: then it is fetched
                 partial.mark_good(index)
                 progress(partial.bytes_done, partial.bytes_total)
 
-        buckets = partial.manifest.buckets
-        same = [at for at in sorted(partial.missing) if self._digests.get(_place(buckets[at])) == buckets[at].digest]
-        on_all_cores(same, copy, min(usable_cores(), THREADS_MAX))
+        on_all_cores(self.unchanged(partial), copy, min(usable_cores(), THREADS_MAX))
 
     def rebuild(self, partial: Partial, index: int, delta: bytes | None) -> bool:
         """Fills bucket `index` with what a delta, if any, makes of the one here; whether that is right. Thread-safe."""
