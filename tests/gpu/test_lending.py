@@ -61,7 +61,13 @@ async def config(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Conf
 
 
 @pytest.fixture
-def trainer(config: Config, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+def rank(tmp_path: Path) -> Rank:
+    """On a GPU that is awake: waking it takes seconds, in which the agent of this process would lend nothing."""
+    return Rank(a_worker(an_image(tmp_path / "v1", 1, WIDTH), "cuda", WIDTH))
+
+
+@pytest.fixture
+def trainer(config: Config, rank: Rank, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     process = subprocess.Popen(
         [sys.executable, "-c", TRAINER, str(tmp_path / "v2")],
         stdout=subprocess.PIPE,
@@ -74,18 +80,16 @@ def trainer(config: Config, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]
 
 
 async def test_a_rank_takes_what_a_trainer_lends_and_the_trainer_gets_its_memory_back(
-    config: Config, trainer: "subprocess.Popen[str]", tmp_path: Path
+    config: Config, rank: Rank, trainer: "subprocess.Popen[str]", tmp_path: Path
 ) -> None:
     assert trainer.stdout is not None
-    base = an_image(tmp_path / "v1", 1, WIDTH)
-    rank = Rank(a_worker(base, "cuda", WIDTH))
     engine = AgentClient(config)
     digest = bytes.fromhex(await asyncio.to_thread(trainer.stdout.readline))
     await engine.stage(digest)
     folder = await engine.map_image(digest, "replica-0")
     borrowed = await engine.borrow_image(digest, "replica-0")
     lent = {"left_s": borrowed.left_s, "memories": [_plain(memory) for memory in borrowed.memories]}
-    held = prepared(rank, folder, base, lent=lent)
+    held = await asyncio.to_thread(prepared, rank, folder, tmp_path / "v1", lent=lent)
     assert held.made.routes.sources == (f"cuda-ipc: 32 MiB of {borrowed.memories[0].device_uuid} of another process",)
     rank.apply(folder)
     rank.prove_written()
