@@ -82,7 +82,7 @@ async def fetch(lane: mpi_lane.MpiLane, address: str, parallel: int) -> dict[str
             part = memoryview(into)[at : at + BUCKET]
             assert await connection.read_into(IMAGE, 0, at, part, deadline_s=DEADLINE_S) == len(part)
             ways.add(connection.way)
-            assert connection.doubt(IMAGE, 0, connection.way) == (
+            assert connection.doubt(IMAGE, 0, connection.origin) == (
                 connection.way == "mpi"
             )  # another rank than the source may have sent it
         delta = bytearray(BUCKET)

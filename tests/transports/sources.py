@@ -1,14 +1,16 @@
 """A source that holds one image, and a server of it over any transport."""
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from hotweights.transports.base import Place, Server, Transport
+from hotweights.transports.base import FileRange, Place, Range, Server, Transport
 from hotweights.transports.errors import NotHeld, NotYet
 
 IMAGE = bytes(range(32))
@@ -28,7 +30,8 @@ class Held:
 
     Where `there` is given, so many bytes from the start have come so far: `come` brings more. What is `in_memory` is
     given without a thread. `deltas`, by base, are of every range; those of
-    `made_before` are at hand. `place` is where its readers find the file.
+    `made_before` are at hand. Where `path` is given, ranges are of that file. `place` is where its readers find the
+    file.
     """
 
     content: bytes
@@ -39,12 +42,13 @@ class Held:
     deltas: dict[bytes, bytes] = field(default_factory=dict)
     made_before: dict[bytes, bytes] = field(default_factory=dict)
     place: Place | None = None
+    path: Path | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def at_hand(self, image: bytes, file: int, offset: int, size: int) -> memoryview | None:
+    def at_hand(self, image: bytes, file: int, offset: int, size: int) -> Range | None:
         return self.open(image, file, offset, size) if self.in_memory else None
 
-    def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
+    def open(self, image: bytes, file: int, offset: int, size: int) -> Range:
         self.opened.set()
         if self.gate is not None:
             assert self.gate.wait(timeout=30)
@@ -52,6 +56,8 @@ class Held:
             raise NotHeld(image, file, offset, size, "only one file of one image here")
         if self.there is not None and offset + size > self.there:
             raise NotYet(image, self.there)
+        if self.path is not None:
+            return FileRange(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC), offset, size)
         return memoryview(self.content)[offset : offset + size]
 
     def delta_at_hand(self, image: bytes, base: bytes, file: int, offset: int, size: int) -> bytes | None:

@@ -93,6 +93,42 @@ async def test_a_range_arrives_as_it_is_at_the_source(transport: Transport, offs
         await connection.close()
 
 
+@pytest.mark.parametrize("in_memory", [True, False], ids=["on the loop", "in a thread"])
+@pytest.mark.parametrize(("offset", "size"), [(0, len(CONTENT)), (MIB - 1, MIB + 2), (len(CONTENT) - 1, 1)])
+async def test_a_range_of_a_file_arrives_as_it_is_there(
+    transport: Transport, tmp_path: Path, offset: int, size: int, in_memory: bool
+) -> None:
+    held = tmp_path / "a file"
+    held.write_bytes(CONTENT)
+    async with serving(transport, Held(CONTENT, path=held, in_memory=in_memory)) as server:
+        connection = await connect(transport, server)
+        assert await read(connection, offset, size) == CONTENT[offset : offset + size]
+        assert await read(connection, 5, 1000) == CONTENT[5:1005]
+        await connection.close()
+        ends = asyncio.get_running_loop().time() + 5
+        while is_open(held):
+            assert asyncio.get_running_loop().time() < ends, "a handle stayed open"
+            await asyncio.sleep(0.02)
+
+
+def is_open(path: Path) -> bool:
+    """Whether this process has a handle of it."""
+    return any(link.is_symlink() and str(link.readlink()) == str(path) for link in Path("/proc/self/fd").glob("*"))
+
+
+async def test_a_delta_of_a_range_of_a_file_is_sent_too(transport: Transport, tmp_path: Path) -> None:
+    held, base = tmp_path / "a file", bytes(reversed(IMAGE))
+    held.write_bytes(CONTENT)
+    async with serving(transport, Held(CONTENT, path=held, deltas={base: b"what changed"})) as server:
+        connection = await connect(transport, server)
+        into = bytearray(80)
+        assert await connection.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5, base=base) == 12
+        assert into[:12] == b"what changed"
+        assert await connection.read_into(IMAGE, 0, 9, memoryview(into), deadline_s=5, base=bytes(32)) == 80
+        assert into == CONTENT[9:89]
+        await connection.close()
+
+
 async def test_a_read_writes_its_range_and_nothing_beside_it(transport: Transport) -> None:
     async with serving(transport, Held(CONTENT)) as server:
         connection = await connect(transport, server)

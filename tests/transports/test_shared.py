@@ -11,7 +11,14 @@ from tests.transports.sources import IMAGE, MIB, TOKEN, Held, pattern, serving
 
 from hotweights.transports.base import Connection, Place
 from hotweights.transports.errors import DeadlinePassed, PeerGone, TokenRefused
-from hotweights.transports.shared import PIECE_BYTES, READS_MAX, SharedFolders, SharedTransport, is_below
+from hotweights.transports.shared import (
+    PIECE_BYTES,
+    READS_MAX,
+    SharedConnection,
+    SharedFolders,
+    SharedTransport,
+    is_below,
+)
 from hotweights.transports.tcp import TcpTransport
 
 CONTENT = pattern(PIECE_BYTES + 3 * MIB + 5)
@@ -123,14 +130,32 @@ async def test_a_source_that_says_nothing_of_files_is_read_over_the_wire(root: P
     assert await way_of(Held(OTHER), root) == "tcp"
 
 
+async def test_where_bytes_came_from_is_known_beneath_what_is_told_of_their_way() -> None:
+    class Cast:
+        way, origin = "mpi", "mpi"
+
+        async def read_into(self, *_: object, **__: object) -> int:
+            return 4
+
+        def doubt(self, image: bytes, file: int, origin: str) -> bool:
+            return origin == "mpi"
+
+    folders = SharedFolders([])
+    folders.doubt(IMAGE, 0, "its bytes are another version's")
+    connection = SharedConnection(Cast(), "a source", folders)  # type: ignore[arg-type]
+    await connection.read_into(IMAGE, 0, 0, memoryview(bytearray(4)), deadline_s=1)
+    assert connection.way == "mpi (not from the shared folder: its bytes are another version's)"
+    assert connection.doubt(IMAGE, 0, connection.origin)
+
+
 async def test_what_was_wrong_there_is_read_from_the_source_over_whatever_connection(source: Held, root: Path) -> None:
     transport = SharedTransport(TcpTransport(), [root])
     async with serving(TcpTransport(), source) as server:
         connection = await transport.connect(server.address, token=TOKEN, deadline_s=5)
         assert await read(connection) == CONTENT
-        assert connection.doubt(IMAGE, 0, connection.way)
+        assert connection.doubt(IMAGE, 0, connection.origin)
         assert await read(connection) == OTHER
-        assert not connection.doubt(IMAGE, 0, connection.way)
+        assert not connection.doubt(IMAGE, 0, connection.origin)
         another = await transport.connect(server.address, token=TOKEN, deadline_s=5)
         assert await read(another) == OTHER
         assert another.way == "tcp (not from the shared folder: its bytes are another version's)"

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from tests.transports.sources import IMAGE, MIB, TOKEN, Held, accept_good_token, pattern, serving
@@ -38,6 +39,17 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+@pytest.mark.asyncio
+async def test_a_file_that_ends_before_the_range_ends_the_connection_and_nobody_elses(tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    short.write_bytes(CONTENT[:1000])
+    source = Held(CONTENT, path=short)
+    async with serving(TcpTransport(), source) as server:
+        with pytest.raises(PeerGone):
+            await read(TcpTransport(), server.address, 2000)
+        assert await read(TcpTransport(), server.address, 1000) == CONTENT[:1000]
 
 
 async def read(transport: TcpTransport, address: str, size: int = 99) -> bytes:

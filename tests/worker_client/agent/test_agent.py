@@ -35,6 +35,8 @@ from hotweights.worker_client.image.delta import make_delta
 from hotweights.worker_client.image.folder import INDEX
 from hotweights.worker_client.image.manifest import Image, build_manifest
 from hotweights.worker_client.stage.errors import StageTaken
+from hotweights.worker_client.stage.partial import Partial, Progress
+from hotweights.worker_client.stage.stage import Stage
 
 
 @pytest.fixture
@@ -689,6 +691,71 @@ async def test_deltas_to_the_version_before_are_made_while_a_version_is_publishe
         staged = (await coordinator.outcome("b", coordinator.stage("b", two.manifest_digest, "a"))).staged
         assert staged.manifest_digest == two.manifest_digest
         assert len(deltas_made) == 2, "the reader was given what was there"
+
+
+@pytest.fixture
+def touched_early(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Buckets of images on their way that were touched in a map, or scanned, before their pages were there.
+
+    Pages come slowly here.
+    """
+    real_view, real_scan, real_finish, real_fallocate = Partial.view, Partial.scan, Stage.finish, os.posix_fallocate
+    early: list[int] = []
+
+    def note(partial: Partial, *indices: int) -> None:
+        early.extend(index for index in indices if not partial.has_room(index))
+
+    def view(partial: Partial, index: int) -> memoryview:
+        note(partial, index)
+        return real_view(partial, index)
+
+    def scan(partial: Partial, progress: Progress | None = None) -> None:
+        note(partial, *range(len(partial.manifest.buckets)))
+        real_scan(partial, progress)
+
+    def finish(stage: Stage, partial: Partial) -> Path:
+        note(partial, *range(len(partial.manifest.buckets)))
+        return real_finish(stage, partial)
+
+    def slow(handle: int, offset: int, size: int) -> None:
+        time.sleep(0.02)
+        real_fallocate(handle, offset, size)
+
+    monkeypatch.setattr("hotweights.worker_client.stage.partial._PIECE_BYTES", 1 << 18)
+    monkeypatch.setattr(Partial, "view", view)
+    monkeypatch.setattr(Partial, "scan", scan)
+    monkeypatch.setattr(Stage, "finish", finish)
+    monkeypatch.setattr(os, "posix_fallocate", slow)
+    return early
+
+
+async def test_no_byte_of_an_image_is_touched_before_its_pages_are_there_however_it_comes(
+    home: Path, coordinator: SmallCoordinator, touched_early: list[int]
+) -> None:
+    """A sparse file on a full tmpfs kills whoever touches it."""
+    config = a_config(home, "b", coordinator.endpoint)
+    first = make_folder(home / "v1", tensor_bytes=2_000_000)
+    second = a_step(first, home / "v2", places=[1000, 1_500_000])
+    async with agent_of(a_config(home, "a", coordinator.endpoint)) as source:
+        one = (await source.publish_folder(first, "m", "v1")).manifest_digest
+        two = (await source.publish_folder(second, "m", "v2")).manifest_digest
+        async with agent_of(config) as reader:
+            await coordinator.hears("a", "b")
+            for digest, folder in ((one, first), (two, second)):  # all of it, then what changed
+                await coordinator.outcome("b", coordinator.stage("b", digest, "a"))
+                assert contents(await reader.map_image(digest, "replica-0")) == contents(folder)
+            third = make_folder(home / "v3", seed=3, tensor_bytes=2_000_000)
+            three = (await reader.publish_folder(third, "m", "v3")).manifest_digest
+            await reader.stage(three)  # from a folder of this node
+        left = config.stage_dir / two.hex()
+        left.rename(left.with_name(f"{two.hex()}.partial"))
+        for file in left.with_name(f"{two.hex()}.partial").iterdir():
+            file.chmod(0o600)
+        async with agent_of(config) as reader:
+            await coordinator.hears("b")
+            await coordinator.outcome("b", coordinator.stage("b", two, "a"))  # what a former agent had begun
+            assert contents(await reader.map_image(two, "replica-0")) == contents(second)
+    assert not touched_early
 
 
 async def test_where_memory_runs_out_while_an_image_comes_it_is_refused_freed_and_comes_another_time(

@@ -1,9 +1,10 @@
 """Fetching from other nodes: every byte proven, and whoever fails is passed over."""
 
 import asyncio
+import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -190,6 +191,13 @@ async def test_a_source_without_the_image_or_that_refuses_the_token_is_not_asked
     assert not nodes[1].asked
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < ends
+        await asyncio.sleep(0.005)
+
+
 async def test_the_next_bucket_is_received_while_the_one_before_is_verified(
     image: Image, nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +216,138 @@ async def test_the_next_bucket_is_received_while_the_one_before_is_verified(
     assert contents(partial.folder) == contents(image.folder)
     assert asked_while_verifying[0] == 2
     assert sum(nodes[0].asked.values()) == len(image.manifest.buckets)
+
+
+class Spoiling:
+    """A connection on which every bucket is altered."""
+
+    way, origin = "tcp", ""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def read_into(
+        self, image: bytes, file: int, offset: int, into: memoryview, *, deadline_s: float, base: bytes | None = None
+    ) -> int:
+        got = await self._connection.read_into(image, file, offset, into, deadline_s=deadline_s, base=base)
+        into[0] ^= 1
+        return got
+
+    def doubt(self, image: bytes, file: int, origin: str) -> bool:
+        return False
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+
+async def test_one_connection_that_breaks_what_it_carries_makes_no_liar_of_its_source(
+    image: Image, nodes: list[Node], partial: Partial
+) -> None:
+    opened = 0
+
+    async def open_source(source: Source) -> Connection:
+        nonlocal opened
+        opened += 1
+        connection = await connect(source)
+        return Spoiling(connection) if opened == 1 else connection
+
+    tally = Tally()
+    await Fetch(partial, sources(nodes[:1]), open_source, no_progress, parallel=1, tally=tally).run()
+    assert contents(partial.folder) == contents(image.folder)
+    assert opened == 2
+    assert not tally.left
+
+
+async def test_a_bucket_that_has_no_room_yet_is_not_asked_for(
+    image: Image, nodes: list[Node], partial: Partial
+) -> None:
+    with_room, there = asyncio.Event(), 2
+
+    async def room(index: int) -> None:
+        if index >= there:
+            await with_room.wait()
+
+    running = asyncio.ensure_future(Fetch(partial, sources(nodes[:1]), connect, no_progress, room=room).run())
+    await until(lambda: len(partial.missing) == len(image.manifest.buckets) - there)
+    await asyncio.sleep(0.1)
+    assert sum(nodes[0].asked.values()) == there
+    with_room.set()
+    await asyncio.wait_for(running, 10)
+    assert contents(partial.folder) == contents(image.folder)
+
+
+class Gate:
+    """Holds every thread that verifies until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fetch, "HASHED_HERE_BYTES", 0)
+        self.inside, self.open = threading.Event(), threading.Event()
+        real = Partial.matches
+
+        def matches(partial: Partial, index: int) -> bool:
+            self.inside.set()
+            assert self.open.wait(10)
+            return real(partial, index)
+
+        monkeypatch.setattr(Partial, "matches", matches)
+
+
+async def test_called_off_ever_so_often_it_ends_when_no_thread_is_at_it_any_more(
+    nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    running = asyncio.ensure_future(Fetch(partial, sources(nodes), connect, no_progress, parallel=1).run())
+    await until(gate.inside.is_set)
+    for _ in range(3):
+        running.cancel()
+        await asyncio.sleep(0.05)
+    assert not running.done()
+    gate.open.set()
+    await asyncio.wait({running}, timeout=10)
+    assert running.cancelled()
+
+
+async def test_failed_and_then_called_off_it_waits_for_its_threads_too(
+    nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+
+    async def room(index: int) -> None:
+        if index > 0:
+            await until(gate.inside.is_set)
+            raise OSError("no room")
+
+    running = asyncio.ensure_future(Fetch(partial, sources(nodes), connect, no_progress, room=room).run())
+    await until(gate.inside.is_set)
+    await asyncio.sleep(0.1)
+    running.cancel()
+    await asyncio.sleep(0.1)
+    assert not running.done()
+    gate.open.set()
+    await asyncio.wait({running}, timeout=10)
+    assert running.done()
+
+
+async def test_what_came_right_counts_though_nobody_has_the_rest(
+    image: Image, nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "HASHED_HERE_BYTES", 0)
+    real_matches, real_open = Partial.matches, Node.open
+
+    def slow(self: Partial, index: int) -> bool:
+        time.sleep(0.2)
+        return real_matches(self, index)
+
+    def only_one(self: Node, digest: bytes, file: int, offset: int, size: int) -> memoryview:
+        if self.asked:
+            raise NotHeld(digest, file, offset, size)
+        return real_open(self, digest, file, offset, size)
+
+    monkeypatch.setattr(Partial, "matches", slow)
+    monkeypatch.setattr(Node, "open", only_one)
+    with pytest.raises(SourcesFailed):
+        await Fetch(partial, sources(nodes[:1]), connect, no_progress, parallel=1).run()
+    assert len(partial.missing) == len(image.manifest.buckets) - 1
 
 
 async def test_a_last_bucket_that_is_wrong_is_asked_for_again(
@@ -280,13 +420,13 @@ async def test_a_source_that_only_says_a_little_more_each_time_is_left(
     monkeypatch.setattr(fetch, "STALL_S", 0.2)
 
     class Talker:
-        way, said = "talk", 0
+        way, origin, said = "talk", "", 0
 
         async def read_into(self, *_: object, **__: object) -> int:
             Talker.said += 1
             raise NotYet(image.digest, Talker.said)
 
-        def doubt(self, image: bytes, file: int, way: str) -> bool:
+        def doubt(self, image: bytes, file: int, origin: str) -> bool:
             return False
 
         async def close(self) -> None: ...

@@ -1,12 +1,14 @@
 """The stage's promises: whole, verified, read-only, within its room, and never what somebody still needs."""
 
 import asyncio
+import errno
 import os
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from hotweights.worker_client.stage import pins
 from hotweights.worker_client.stage.allocating import Allocating
 from hotweights.worker_client.stage.copy import copy_folder
 from hotweights.worker_client.stage.errors import ImageAltered, NotStaged, StageFull, StageTaken, StageUnsafe
+from hotweights.worker_client.stage.room import Room
 from hotweights.worker_client.stage.stage import Stage, safe_folder
 
 
@@ -112,6 +115,112 @@ def test_a_bucket_has_room_once_all_its_pages_are_there(
     assert len(seen) > 2, "it came bit by bit"
     for file in image.manifest.files:
         assert (partial.folder / file.name).stat().st_blocks * 512 >= file.size_bytes
+
+
+def test_pages_are_there_before_a_bucket_is_said_to_have_room(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotweights.worker_client.stage.partial._PIECE_BYTES", 1 << 14)
+    image = make_image(tmp_path / "v1")
+    partial, _ = stage.reserve(image.digest, image.blob)
+    real, with_room, calls = os.posix_fallocate, 0, 0
+
+    def take(handle: int, offset: int, size: int) -> None:
+        nonlocal with_room, calls
+        calls += 1
+        now = sum(map(partial.has_room, range(len(image.manifest.buckets))))
+        real(handle, offset, size)
+        assert sum(map(partial.has_room, range(len(image.manifest.buckets)))) == now
+        with_room = now
+
+    monkeypatch.setattr(os, "posix_fallocate", take)
+    stage.allocate(partial, lambda: None, lambda: calls == 3)
+    assert calls == 3, "it ends when told"
+    stage.allocate(partial, lambda: None, lambda: False)
+    assert 0 < with_room < len(image.manifest.buckets)
+
+
+async def test_where_the_room_turned_out_to_be_too_small_nothing_more_is_begun(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotweights.worker_client.stage.partial._PIECE_BYTES", 1 << 14)
+    image = make_image(tmp_path / "v1")
+    partial, _ = stage.reserve(image.digest, image.blob)
+    real, calls = os.posix_fallocate, 0
+
+    def runs_out(handle: int, offset: int, size: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", runs_out)
+    room = Allocating(stage, partial)
+    with pytest.raises(StageFull):
+        await asyncio.wait_for(room.all(), 10)
+    assert partial.has_room(0)
+    with pytest.raises(StageFull):
+        await room.of(0)
+    await room.close()
+
+
+def test_what_is_taken_while_room_is_measured_counts_as_promised_all_the_same(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = make_image(tmp_path / "v1")
+    partial, _ = stage.reserve(image.digest, image.blob)
+
+    def measure(*_: object, **__: object) -> Room:
+        partial.allocate()  # its thread goes on meanwhile
+        return Room(10_000_000, "stage")
+
+    monkeypatch.setattr("hotweights.worker_client.stage.stage.measure_room", measure)
+    assert stage.room().free_bytes <= 10_000_000 - image.size_bytes
+
+
+def test_where_more_is_promised_than_there_is_no_image_goes_in_vain(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim, one, two = (make_image(tmp_path / f"v{number}", seed=number) for number in range(3))
+    put(stage, victim)
+    free = one.size_bytes * 2
+    monkeypatch.setattr(
+        "hotweights.worker_client.stage.stage.measure_room", lambda *_, **__: Room(max(0, free), "stage")
+    )
+    stage.reserve(one.digest, one.blob)
+    free = 0  # somebody else took it
+    with pytest.raises(StageFull) as refused:
+        stage.reserve(two.digest, two.blob)
+    assert refused.value.free_bytes == 0
+    assert stage.held() == [victim.digest]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small tmpfs")
+def test_where_no_file_can_be_made_the_image_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    mount = tmp_path / "shm"
+    mount.mkdir()
+    small = ["mount", "-t", "tmpfs", "-o", "size=8m,nr_inodes=12", "tmpfs", str(mount)]
+    if subprocess.run(small, check=False).returncode:
+        pytest.skip("this container may not mount")
+    stage = Stage(mount / "stage")
+    try:
+        image = make_image(tmp_path / "v1")
+        stage.open()
+        before = sorted(stage.root.rglob("*"))
+        made = 0
+        with suppress(OSError):
+            for made in range(20):
+                (mount / f"other-{made}").touch()
+        for left in (0, 2):  # for the manifest, and for the folder too
+            for number in range(left):
+                (mount / f"other-{number}").unlink(missing_ok=True)
+            with pytest.raises(StageFull):
+                stage.reserve(image.digest, image.blob)
+            assert sorted(stage.root.rglob("*")) == before
+    finally:
+        stage.close()
+        subprocess.run(["umount", mount], check=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small tmpfs")

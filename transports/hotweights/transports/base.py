@@ -19,8 +19,11 @@ What is promised, and proven by tests/transports/test_conformance.py:
 """
 
 import asyncio
+import mmap
+import os
 from dataclasses import dataclass
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, TypeAlias
 
 from hotweights.transports.errors import NotHeld, NotYet
 
@@ -41,13 +44,58 @@ class Place:
     mtime_ns: int
 
 
+class FileRange:
+    """A range of a file in memory (tmpfs): sent by the system from where it lies, or mapped for who needs the bytes.
+
+    Nobody may write to the file any more. The handle is closed with `release`.
+    """
+
+    def __init__(self, handle: int, offset: int, size: int) -> None:
+        self.handle, self.offset, self.nbytes = handle, offset, size
+
+    def mapped(self) -> memoryview:
+        """Its bytes, which stay when this is released and the file is removed. Raises OSError."""
+        begin = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
+        skip = self.offset - begin
+        whole = mmap.mmap(self.handle, skip + self.nbytes, prot=mmap.PROT_READ, offset=begin)
+        return memoryview(whole)[skip:]
+
+    def release(self) -> None:
+        """As of a memoryview: again does nothing."""
+        handle, self.handle = self.handle, -1
+        if handle >= 0:
+            os.close(handle)
+
+    def __del__(self) -> None:
+        self.release()
+
+    def __enter__(self) -> "FileRange":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+Range: TypeAlias = memoryview | FileRange
+
+
+def in_memory(found: Range) -> memoryview:
+    """The bytes of a range; of a file's, mapped. Raises OSError."""
+    if isinstance(found, memoryview):
+        return found
+    with found:
+        return found.mapped()
+
+
 class BucketSource(Protocol):
     """What a server serves from."""
 
-    def at_hand(self, image: bytes, file: int, offset: int, size: int) -> memoryview | None:
+    def at_hand(self, image: bytes, file: int, offset: int, size: int) -> Range | None:
         """As `open`, for what is in memory: called on the event loop, must not block. None where it may: open it."""
 
-    def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
+    def open(self, image: bytes, file: int, offset: int, size: int) -> Range:
         """The bytes of a range of an image's file, to be read until the server releases the view.
 
         Called in a thread: it may block on a disk. `image` is a digest, `file` an index, both as
@@ -114,8 +162,12 @@ class Connection(Protocol):
         Raises NotHeld, NotYet, TokenRefused, PeerGone, DeadlinePassed.
         """
 
-    def doubt(self, image: bytes, file: int, way: str) -> bool:
-        """What a read of the file gave by `way` was wrong: whether that came from elsewhere than the source.
+    @property
+    def origin(self) -> str:
+        """Where what was read last came from, if not from the source itself; else empty."""
+
+    def doubt(self, image: bytes, file: int, origin: str) -> bool:
+        """What a read of the file gave was wrong, and came from `origin`: whether that is not the source.
 
         Then it is no failure of the source's, which itself is asked from now on.
         """
@@ -160,14 +212,15 @@ def check_token(token: bytes) -> None:
 
 async def open_shortest(
     source: BucketSource, image: bytes, file: int, offset: int, size: int, base: bytes | None
-) -> memoryview:
+) -> Range:
     """As open_or_wait; the delta to `base` instead where there is one."""
     delta = None if base is None else source.delta_at_hand(image, base, file, offset, size)
     if delta and len(delta) < size:
         return memoryview(delta)
-    view = await open_or_wait(source, image, file, offset, size)
+    found = await open_or_wait(source, image, file, offset, size)
     if base is None:
-        return view
+        return found
+    view = in_memory(found)
     # Called off, the thread goes on with the view, which goes with it.
     delta = await asyncio.to_thread(source.delta, image, base, file, offset, view)
     if not delta or len(delta) >= size:
@@ -176,8 +229,8 @@ async def open_shortest(
     return memoryview(delta)
 
 
-async def open_or_wait(source: BucketSource, image: bytes, file: int, offset: int, size: int) -> memoryview:
-    """The range as bytes, once it is there. Raises NotHeld, and NotYet when that takes longer than WAIT_S."""
+async def open_or_wait(source: BucketSource, image: bytes, file: int, offset: int, size: int) -> Range:
+    """The range, once it is there. Raises NotHeld, and NotYet when that takes longer than WAIT_S."""
     try:
         return await _open(source, image, file, offset, size)
     except NotYet:
@@ -196,16 +249,16 @@ async def open_or_wait(source: BucketSource, image: bytes, file: int, offset: in
             more.cancel()
 
 
-async def _open(source: BucketSource, image: bytes, file: int, offset: int, size: int) -> memoryview:
-    """The range as bytes, and all of it: in a thread, unless it is at hand. Raises NotHeld, NotYet."""
+async def _open(source: BucketSource, image: bytes, file: int, offset: int, size: int) -> Range:
+    """The range, and all of it: in a thread, unless it is at hand. Raises NotHeld, NotYet."""
     try:
-        view = source.at_hand(image, file, offset, size)
-        if view is None:
-            view = await asyncio.to_thread(source.open, image, file, offset, size)
+        found = source.at_hand(image, file, offset, size)
+        if found is None:
+            found = await asyncio.to_thread(source.open, image, file, offset, size)
     except OSError as error:
         raise NotHeld(image, file, offset, size, f"cannot be read: {error}") from error
-    given = view.nbytes
+    given = found.nbytes
     if given != size:
-        view.release()
+        found.release()
         raise NotHeld(image, file, offset, size, f"the source gave {given} of them")
-    return view.cast("B")
+    return found.cast("B") if isinstance(found, memoryview) else found

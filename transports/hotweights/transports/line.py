@@ -1,6 +1,6 @@
 """A connected socket to send and receive on, in plaintext or over TLS; the frames know no difference.
 
-    plaintext:  socket <---------------------------------> the reader's memory
+    plaintext:  socket <---------------------------------> the reader's memory; the source's, or a file by sendfile
     TLS:        socket <--ciphertext, 256 KiB at once--> OpenSSL in memory <--decrypted in place--> the reader's memory
 
 OpenSSL works on memory here, not on the socket: on a socket it makes two calls for every record of 16 KiB, and
@@ -13,6 +13,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from typing import Protocol
 
 CIPHER_BYTES = 256 << 10
@@ -54,6 +55,13 @@ class Line(Protocol):
     async def send(self, part: bytes | memoryview) -> None:
         """All of it. Raises OSError, NoTls."""
 
+    @property
+    def sends_files(self) -> bool:
+        """Whether the system sends from a file by itself here; then `send_file` does."""
+
+    async def send_file(self, handle: int, offset: int, size: int) -> None:
+        """All of a range of an open file. Raises OSError, where it ends before that too."""
+
     def shut_down(self) -> None:
         """Wakes whoever waits. Closing the socket under the event loop would confuse its selector. Raises OSError."""
 
@@ -78,6 +86,16 @@ class PlainLine:
     async def send(self, part: bytes | memoryview) -> None:
         await asyncio.get_running_loop().sock_sendall(self.sock, part)
 
+    @property
+    def sends_files(self) -> bool:
+        return isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop)  # uvloop does not
+
+    async def send_file(self, handle: int, offset: int, size: int) -> None:
+        with FileIO(handle, closefd=False) as file:
+            sent = await asyncio.get_running_loop().sock_sendfile(self.sock, file, offset, size, fallback=False)
+        if sent != size:
+            raise OSError(f"the file ended {size - sent} bytes early")
+
     def shut_down(self) -> None:
         self.sock.shutdown(socket.SHUT_RDWR)
 
@@ -96,6 +114,8 @@ class TlsLine(PlainLine):
             self._incoming, self._outgoing, server_side=server_name is None, server_hostname=server_name
         )
         self._cipher = bytearray(CIPHER_BYTES_SERVER if server_name is None else CIPHER_BYTES)
+
+    sends_files = False
 
     async def shake_hands(self) -> None:
         """Has no deadline of its own. Raises OSError, NoTls."""

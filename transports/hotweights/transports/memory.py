@@ -8,7 +8,7 @@ import asyncio
 import itertools
 from dataclasses import dataclass, field
 
-from hotweights.transports.base import BucketSource, TokenCheck, check_range, check_token, open_shortest
+from hotweights.transports.base import BucketSource, TokenCheck, check_range, check_token, in_memory, open_shortest
 from hotweights.transports.errors import DeadlinePassed, PeerGone, TokenRefused
 
 CHUNK_BYTES = 256 << 10
@@ -45,6 +45,7 @@ class MemoryConnection:
     """Part of MemoryTransport; see base.Connection."""
 
     way = "memory"
+    origin = ""
 
     def __init__(self, server: MemoryServer, token: bytes) -> None:
         self._server = server
@@ -87,7 +88,7 @@ class MemoryConnection:
         try:
             await asyncio.wait([opening, *ends], return_when=asyncio.FIRST_COMPLETED)
             self._check_alive()
-            return await opening
+            return in_memory(await opening)
         finally:
             for future in (opening, *ends):
                 future.cancel()
@@ -100,7 +101,7 @@ class MemoryConnection:
             self._closed.set()
             raise PeerGone(self._server.address, "ended the connection")
 
-    def doubt(self, image: bytes, file: int, way: str) -> bool:
+    def doubt(self, image: bytes, file: int, origin: str) -> bool:
         return False
 
     async def close(self) -> None:

@@ -71,9 +71,13 @@ class MpiConnection(TcpConnection):
                 await asyncio.sleep(0)
         return wish.size
 
-    def doubt(self, image: bytes, file: int, way: str) -> bool:
+    @property
+    def origin(self) -> str:
+        return BROADCAST if self.way == BROADCAST else ""
+
+    def doubt(self, image: bytes, file: int, origin: str) -> bool:
         """Whoever broadcast it is not always the source that was asked; a bucket that went by comes no second time."""
-        return way == BROADCAST
+        return origin == BROADCAST
 
     def _drop(self) -> None:
         super()._drop()

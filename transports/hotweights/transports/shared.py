@@ -93,7 +93,7 @@ class SharedConnection:
     """See base.Connection. Made by SharedTransport.connect."""
 
     def __init__(self, connection: TcpConnection, address: str, folders: SharedFolders) -> None:
-        self.way = connection.way
+        self.way, self.origin = connection.way, connection.origin
         self._connection = connection
         self._address = address
         self._folders = folders
@@ -121,6 +121,7 @@ class SharedConnection:
             raise DeadlinePassed(self._address, "reading", deadline_s) from None
         why = self._folders.against(image, file)
         self.way = f"{self._connection.way} (not from the shared folder: {why})" if why else self._connection.way
+        self.origin = self._connection.origin
         return size
 
     async def _read_in_place(self, image: bytes, file: int, offset: int, into: memoryview, deadline_s: float) -> bool:
@@ -144,7 +145,7 @@ class SharedConnection:
                 self._closed.set()
                 await self._connection.close()
                 raise
-            self.way = _FILE
+            self.way = self.origin = _FILE
             return True
 
     async def _find(self, image: bytes, file: int, deadline_s: float) -> Place | None:
@@ -184,9 +185,9 @@ class SharedConnection:
             reading.result()
             into[at : at + len(part)] = part
 
-    def doubt(self, image: bytes, file: int, way: str) -> bool:
-        if way != _FILE:
-            return self._connection.doubt(image, file, way)
+    def doubt(self, image: bytes, file: int, origin: str) -> bool:
+        if origin != _FILE:
+            return self._connection.doubt(image, file, origin)
         self._folders.doubt(image, file, "its bytes are another version's")
         return True
 

@@ -114,7 +114,11 @@ class TcpConnection:
             return PeerGone(self._address, "has too many readers")
         raise frames.Garbage("refuses the connection in the middle of it")
 
-    def doubt(self, image: bytes, file: int, way: str) -> bool:
+    @property
+    def origin(self) -> str:
+        return ""
+
+    def doubt(self, image: bytes, file: int, origin: str) -> bool:
         return False
 
     async def close(self) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from hotweights.transports import frames
-from hotweights.transports.base import BucketSource, TokenCheck, open_shortest
+from hotweights.transports.base import BucketSource, FileRange, TokenCheck, in_memory, open_shortest
 from hotweights.transports.errors import NotHeld, NotYet
 from hotweights.transports.line import Line, NoTls, PlainLine, Tls, TlsLine
 from hotweights.transports.mpi_lane import MpiLane, MpiOver
@@ -240,17 +240,26 @@ class TcpServer:
         if wish.tag is not None and peer.lane is None:
             raise frames.Garbage("asks for bytes over UCX and has not joined")
         try:
-            view = await open_shortest(self._source, wish.image, wish.file, wish.offset, wish.size, wish.base)
+            found = await open_shortest(self._source, wish.image, wish.file, wish.offset, wish.size, wish.base)
         except NotHeld as problem:
             await self._send(line, memoryview(frames.refused(frames.Why.NOT_HELD, problem.problem)))
             return
         except NotYet as problem:
             await self._send(line, memoryview(frames.refused(frames.Why.NOT_YET, str(problem.held_bytes))))
             return
+        piece = min(SEND_BYTES, self._pace.piece_bytes or SEND_BYTES)
+        if isinstance(found, FileRange) and wish.job is None and wish.tag is None and line.sends_files:
+            with found:
+                await self._send(line, memoryview(frames.data(found.nbytes)))
+                for at in range(0, found.nbytes, piece):
+                    size = min(piece, found.nbytes - at)
+                    await self._pace.take(size)
+                    await _within(self._limits.stall_s, line.send_file(found.handle, found.offset + at, size))
+            return
+        view = in_memory(found)
         if wish.job is not None and (number := await self._cast(wish, view)) is not None:
             await self._send(line, memoryview(frames.cast(number)))
             return
-        piece = min(SEND_BYTES, self._pace.piece_bytes or SEND_BYTES)
         if wish.tag is not None and peer.lane is not None:
             await self._send(line, memoryview(frames.data_tagged(len(view), piece)))
             for at in range(0, len(view), piece):

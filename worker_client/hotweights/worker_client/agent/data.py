@@ -9,7 +9,6 @@ Where this node has a certificate, both ways are over TLS (tcps://) and nothing 
 
 import asyncio
 import logging
-import mmap
 import os
 import secrets
 import threading
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hotweights.transports.address import parse_address
-from hotweights.transports.base import Connection, Place, Server, Transport
+from hotweights.transports.base import Connection, FileRange, Place, Range, Server, Transport, in_memory
 from hotweights.transports.errors import NotHeld, NotYet, PeerGone, TlsFailed, TransportMissing
 from hotweights.transports.line import Tls
 from hotweights.transports.pace import Pace
@@ -166,7 +165,7 @@ class DataPort:
             raise TlsFailed(address, "serves in plaintext, and this node has a certificate: give that node one too")
         return None
 
-    def at_hand(self, image: bytes, file: int, offset: int, size: int) -> memoryview | None:
+    def at_hand(self, image: bytes, file: int, offset: int, size: int) -> Range | None:
         """See BucketSource."""
         self.served_at = time.monotonic()
         partial = self._stage.filling(image)  # before what is held, which it becomes
@@ -202,6 +201,7 @@ class DataPort:
 
     def delta_at_hand(self, image: bytes, base: bytes, file: int, offset: int, size: int) -> bytes | None:
         """See BucketSource."""
+        self.served_at = time.monotonic()
         return self._deltas.get((image, base, file, offset, size))
 
     def delta(self, image: bytes, base: bytes, file: int, offset: int, view: memoryview) -> bytes | None:
@@ -210,11 +210,13 @@ class DataPort:
         known = self._deltas.get(key)  # made while this range was opened
         if known is not None:
             return known
-        with self._rooms.take(view.nbytes) as room:
+        manifest = self._stage.peek(base)
+        if manifest is None and self._folders.peek(base) is None:
+            return None
+        with self._rooms.take(view.nbytes if manifest is None else 0) as room:
             try:
-                manifest = self._stage.peek(base)
                 if manifest is not None:
-                    before = self._staged(manifest, base, file, offset, view.nbytes)
+                    before = in_memory(self._staged(manifest, base, file, offset, view.nbytes))
                 else:
                     self._read(base, file, offset, room)
                     before = room
@@ -286,7 +288,7 @@ class DataPort:
         if (arrival := self._arrivals.pop(image, None)) is not None:
             arrival.set_result(None)
 
-    def _staged(self, manifest: manifest_pb2.Manifest, image: bytes, file: int, offset: int, size: int) -> memoryview:
+    def _staged(self, manifest: manifest_pb2.Manifest, image: bytes, file: int, offset: int, size: int) -> FileRange:
         files = manifest.files
         if not 0 <= file < len(files) or offset + size > files[file].size_bytes:
             raise NotHeld(image, file, offset, size, "there is no such range")
@@ -297,11 +299,7 @@ class DataPort:
         if os.fstat(handle).st_size != files[file].size_bytes:
             os.close(handle)
             raise NotHeld(image, file, offset, size, "its file was altered")
-        try:
-            # Stays mapped while the view lives, even if the image goes meanwhile.
-            return memoryview(mmap.mmap(handle, files[file].size_bytes, prot=mmap.PROT_READ))[offset : offset + size]
-        finally:
-            os.close(handle)
+        return FileRange(handle, offset, size)  # which stays, even if the image goes meanwhile
 
     def _check(self, token: bytes, image: bytes) -> bool:
         try:

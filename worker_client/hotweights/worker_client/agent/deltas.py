@@ -12,6 +12,7 @@ from hotweights.v1.manifest_pb2 import Bucket, Manifest
 Key: TypeAlias = tuple[bytes, bytes, int, int, int]
 
 KEPT_BYTES = 64 << 20
+ROOM_KEPT_BYTES = 16 << 20  # buckets are larger only where somebody set it so
 
 
 def changed_buckets(target: Manifest, base: Manifest) -> list[Bucket]:
@@ -22,7 +23,10 @@ def changed_buckets(target: Manifest, base: Manifest) -> list[Bucket]:
 
 
 class Rooms:
-    """Memory for `count` buckets, used again and again: new pages take longer than what is read into them."""
+    """Memory for `count` buckets, used again and again: new pages take longer than what is read into them.
+
+    What is larger than ROOM_KEPT_BYTES is not kept.
+    """
 
     def __init__(self, count: int) -> None:
         self._turns = threading.BoundedSemaphore(count)
@@ -32,13 +36,17 @@ class Rooms:
     def take(self, size_bytes: int) -> Iterator[memoryview]:
         """One of them, for as long. Waits until there is one. Thread-safe."""
         with self._turns:
-            room = self._free.pop() if self._free else bytearray()
+            try:
+                room = self._free.pop()
+            except IndexError:
+                room = bytearray()
             if len(room) < size_bytes:
                 room = bytearray(size_bytes)
             try:
                 yield memoryview(room)[:size_bytes]
             finally:
-                self._free.append(room)
+                if len(room) <= ROOM_KEPT_BYTES:
+                    self._free.append(room)
 
 
 class Deltas:

@@ -22,7 +22,7 @@ from hotweights.worker_client.stage.errors import SourcesFailed, StageFull
 from hotweights.worker_client.stage.fetch import PARALLEL, Fetch, Open, Received, Tally
 from hotweights.worker_client.stage.partial import Partial, Progress
 from hotweights.worker_client.stage.stage import Stage
-from hotweights.worker_client.stage.threads import Figures, in_thread, stoppable
+from hotweights.worker_client.stage.threads import Figures, in_thread, outlast, stoppable
 
 log = logging.getLogger(__name__)
 
@@ -156,19 +156,26 @@ class Images:
                 log.info("image %s: %d buckets are to come", digest.hex()[:16], len(partial.missing))
             figures.write(partial.bytes_done, partial.bytes_total)
             await self._fill(partial, sources, figures, tally, room)
-            await room.all()
             await in_thread(lambda _: self.stage.finish(partial))
             log.info("image %s is staged: %d bytes", digest.hex()[:16], partial.bytes_total)
         except StageFull:
             full = True
             raise
         finally:
-            if room is not None:
-                await room.close()
-            for unfinished, _ in reserved:
-                self.stage.abandon(unfinished, gone=full)
-            self._arrived(digest)
-            self._changed()
+            try:
+                if room is not None:
+                    await room.close()
+                for unfinished, _ in reserved:
+                    await self._abandon(unfinished, gone=full)
+            finally:
+                self._arrived(digest)
+                self._changed()
+
+    async def _abandon(self, partial: Partial, *, gone: bool) -> None:
+        """In a thread: freeing takes 0.2 s a GiB. Raises OSError."""
+        work = asyncio.ensure_future(asyncio.to_thread(self.stage.abandon, partial, gone=gone))
+        await outlast(work)
+        work.result()
 
     async def _find_manifest(self, digest: bytes, sources: list[Source]) -> bytes:
         known = self._folders.find(digest)

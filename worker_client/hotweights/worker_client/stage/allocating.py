@@ -22,10 +22,11 @@ class Allocating:
 
     async def of(self, index: int) -> None:
         """Returns when bucket `index` may be received. Raises StageFull, OSError."""
-        while not self._partial.has_room(index):
+        while True:
             if self._work.done():
-                self._work.result()
-                raise RuntimeError(f"no room was taken for bucket {index}")
+                self._work.result()  # where there is no room for all of it, none of it need come
+            if self._partial.has_room(index):
+                return
             await self._advanced.wait()
 
     async def all(self) -> None:

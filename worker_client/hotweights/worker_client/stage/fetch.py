@@ -46,7 +46,6 @@ WRONG_MAX = 2  # buckets of one source
 REST_S = 0.2  # after the first failure; doubles
 
 
-Doubt = Callable[[bytes, int, str], bool]
 Open = Callable[[Source], Awaitable[Connection]]
 # Image, base, bucket; and the delta that made the one of the other there.
 Received = Callable[[bytes, bytes, manifest_pb2.Bucket, bytes], None]
@@ -97,15 +96,16 @@ class _Came:
 
     index: int
     source: Source
+    connection: Connection
     way: str
+    origin: str
+    """See Connection.origin."""
     size: int
     """Of what came, in bytes."""
     base: Base | None
     """To which a delta was asked for."""
     delta: bytes | None
     """What came instead of the bucket."""
-    doubt: Doubt
-    """See Connection.doubt."""
 
 
 class Fetch:
@@ -140,6 +140,8 @@ class Fetch:
         self._standings: dict[str, _Standing] = {}
         self._wrong: Counter[str] = Counter()
         self._no_deltas: set[str] = set()
+        self._broken: set[Connection] = set()
+        """Over which wrong bytes came: it may be the way, so no more is asked for there."""
 
     def ask_deltas(self, base: Base | None, received: Received) -> None:
         """To `base`, where there is one; `received` hears of each that was right."""
@@ -154,8 +156,8 @@ class Fetch:
         finally:
             for worker in workers:
                 worker.cancel()
-            if workers:
-                await asyncio.wait(workers)
+            for worker in workers:
+                await outlast(worker)
         if self._partial.missing:
             raise SourcesFailed(self._partial.digest, self._reasons())
 
@@ -166,7 +168,7 @@ class Fetch:
         judging: asyncio.Task[None] | None = None
         try:
             while self._todo or judging is not None:
-                if not self._todo and judging is not None:
+                if judging is not None and (judging.done() or not self._todo):
                     await judging  # what was wrong is to do again
                     judging = None
                     continue
@@ -176,8 +178,12 @@ class Fetch:
                 size = self._partial.manifest.buckets[index].size_bytes
                 source = await self._choose()
                 if source is None:
+                    if judging is not None:
+                        await judging
                     raise SourcesFailed(self._partial.digest, self._reasons())
-                if connection is not None and (used is not source or self._pace.delay_s(size) > LINGER_S):
+                useless = used is not source or connection in self._broken or self._pace.delay_s(size) > LINGER_S
+                if connection is not None and useless:
+                    self._broken.discard(connection)
                     await connection.close()
                     connection = None
                 base = self._base_for(index, source)
@@ -238,7 +244,7 @@ class Fetch:
             delta = bytes(place[:came]) if base is not None and came < bucket.size_bytes else None
         if base is not None:
             await self._pace.take(came)
-        return _Came(index, source, connection.way, came, base, delta, connection.doubt)
+        return _Came(index, source, connection, connection.way, connection.origin, came, base, delta)
 
     async def _judge(self, came: _Came) -> None:
         """Whether what came is the bucket: if not, it is to do again."""
@@ -257,11 +263,14 @@ class Fetch:
             self._no_deltas.add(node)
             if len(self._no_deltas) >= NO_FIT_MAX:  # it is rather ours that is another than it says
                 self._base = None
-        elif came.doubt(self._partial.digest, bucket.file, came.way):
+        elif came.connection.doubt(self._partial.digest, bucket.file, came.origin):
             log.warning(
                 "bucket %d, from %s: wrong bytes by %s, not its own; it is asked itself", came.index, node, came.way
             )
+        elif came.connection in self._broken:
+            log.warning("bucket %d, from %s: wrong bytes over the same connection; asked again", came.index, node)
         else:
+            self._broken.add(came.connection)
             self._wrong[node] += 1
             self._struck(came.source, WrongBytes(f"bucket {came.index} came with wrong bytes"))
 

@@ -22,11 +22,11 @@ class Room:
 
 
 def measure_room(folder: Path, *, used_bytes: int = 0, quota_bytes: int | None = None) -> Room:
-    """The least of: free space of the file system, memory behind it, the quota less `used_bytes`."""
+    """The least of: free space of the file system, memory behind it, the quota less `used_bytes`, perhaps below 0."""
     stat = os.statvfs(folder)
     rooms = [Room(stat.f_bavail * stat.f_frsize, "stage")]
     if quota_bytes is not None:
-        rooms.append(Room(max(0, quota_bytes - used_bytes), "quota"))
+        rooms.append(Room(quota_bytes - used_bytes, "quota"))
     if sys.platform == "linux" and _file_system(folder) in _MEMORY_FILE_SYSTEMS:
         rooms += [room for room in (_machine_memory(), _container_memory()) if room is not None]
     return min(rooms, key=lambda room: room.free_bytes)

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"
 _MANIFEST = ".manifest"
+_NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,17 @@ class Stage:
         return sum(_allocated_bytes(path) for path in self.root.iterdir() if _digest_of(path) and path.is_dir())
 
     def room(self) -> Room:
-        """What the next image may take without anything going."""
-        room = measure_room(self.root, used_bytes=self.used_bytes(), quota_bytes=self._quota_bytes)
-        with self._lock:
-            filling = list(self._filling.values())
+        """What the next image may take without anything going. Waits for no lock."""
+        room = self._room()
+        return Room(max(0, room.free_bytes), room.limited_by)
+
+    def _room(self) -> Room:
+        """As `room`, less than nothing where more is promised than there is."""
+        filling = list(self._filling.values())
+        # Before what is free is measured: what is taken between the two must not count for neither.
         promised = sum(max(0, partial.bytes_total - _allocated_bytes(partial.folder)) for partial in filling)
-        return Room(max(0, room.free_bytes - promised), room.limited_by)
+        room = measure_room(self.root, used_bytes=self.used_bytes(), quota_bytes=self._quota_bytes)
+        return Room(room.free_bytes - promised, room.limited_by)
 
     def left_manifest(self, digest: bytes) -> bytes | None:
         """The manifest kept beside an image or an unfinished one, if it is still what its name says."""
@@ -241,11 +247,15 @@ class Stage:
             partial = Partial(self._partial_folder(digest), digest, manifest)
             needed_bytes = max(0, partial.bytes_total - _allocated_bytes(partial.folder))
             self._make_room(digest, needed_bytes)
-            _write_manifest(self.root / f"{digest.hex()}{_MANIFEST}", blob)
             try:
+                _write_manifest(self.root / f"{digest.hex()}{_MANIFEST}", blob)
                 resumed = partial.create()
-            except OSError:
+            except OSError as error:
                 partial.close()
+                if error.errno in _NO_ROOM:
+                    full = self._full(partial)
+                    self._drop(partial.folder)
+                    raise full from error
                 raise
             self._filling[digest] = partial
             return partial, resumed
@@ -255,11 +265,15 @@ class Stage:
         try:
             partial.allocate(advanced, stop)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
+            if error.errno not in _NO_ROOM:
                 raise
-            room = measure_room(self.root, used_bytes=self.used_bytes(), quota_bytes=self._quota_bytes)
-            needed_bytes = partial.bytes_total - _allocated_bytes(partial.folder)
-            raise StageFull(self.root, needed_bytes, room.free_bytes, room.limited_by) from error
+            raise self._full(partial) from error
+
+    def _full(self, partial: Partial) -> StageFull:
+        """Of an image whose room turned out not to be there."""
+        room = measure_room(self.root, used_bytes=self.used_bytes(), quota_bytes=self._quota_bytes)
+        needed_bytes = partial.bytes_total - _allocated_bytes(partial.folder)
+        return StageFull(self.root, needed_bytes, max(0, room.free_bytes), room.limited_by)
 
     def finish(self, partial: Partial) -> Path:
         """Makes a filled image one that may be mapped."""
@@ -296,14 +310,14 @@ class Stage:
     def _make_room(self, digest: bytes, needed_bytes: int) -> None:
         """Drops what may go, the least useful first, but nothing at all if it would not suffice."""
         victims = self._may_go(digest)
-        room = self.room()
+        room = self._room()
         if needed_bytes > room.free_bytes + sum(_allocated_bytes(path) for path in victims):
-            raise StageFull(self.root, needed_bytes, room.free_bytes, room.limited_by)
-        while victims and (needed_bytes > self.room().free_bytes or self._others(digest) >= self._max_images):
+            raise StageFull(self.root, needed_bytes, max(0, room.free_bytes), room.limited_by)
+        while victims and (needed_bytes > self._room().free_bytes or self._others(digest) >= self._max_images):
             self._drop(victims.pop(0))
-        room = self.room()
+        room = self._room()
         if needed_bytes > room.free_bytes:
-            raise StageFull(self.root, needed_bytes, room.free_bytes, room.limited_by)
+            raise StageFull(self.root, needed_bytes, max(0, room.free_bytes), room.limited_by)
 
     def _others(self, digest: bytes) -> int:
         own = (digest.hex(), digest.hex() + _PARTIAL)
@@ -421,6 +435,10 @@ def _allocated_bytes(folder: Path) -> int:
 
 def _write_manifest(path: Path, blob: bytes) -> None:
     fresh = path.with_suffix(".new")
-    fresh.write_bytes(blob)
-    fresh.chmod(0o440)
-    fresh.replace(path)
+    try:
+        fresh.write_bytes(blob)
+        fresh.chmod(0o440)
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
