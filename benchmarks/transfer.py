@@ -91,16 +91,18 @@ def receive_plain(address: str, folder: Path) -> float:
         return time.perf_counter() - begun
 
 
-class Memory:
-    """A source of a folder's files in memory, in the order of their names."""
+class Staged:
+    """A source of a folder's files, in the order of their names, as an agent gives those of its stage."""
 
     def __init__(self, folder: Path) -> None:
-        self._files = [memory_of(file) for file in sorted(folder.iterdir())]
+        self._files = sorted(folder.iterdir())
 
-    def at_hand(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
-        return self._files[file][offset : offset + size]
+    def at_hand(self, image: bytes, file: int, offset: int, size: int) -> Any:
+        from hotweights.transports.base import FileRange
 
-    def open(self, image: bytes, file: int, offset: int, size: int) -> memoryview:
+        return FileRange(os.open(self._files[file], os.O_RDONLY | os.O_CLOEXEC), offset, size)
+
+    def open(self, image: bytes, file: int, offset: int, size: int) -> Any:
         return self.at_hand(image, file, offset, size)
 
     def delta_at_hand(self, image: bytes, base: bytes, file: int, offset: int, size: int) -> None: ...
@@ -124,7 +126,7 @@ def send_ours(pipe: Connection, folder: Path, ucx: str = "") -> None:
     """As an agent does."""
 
     async def serve() -> None:
-        server = await transport_of(ucx).serve(Memory(folder), "127.0.0.1:0", check=lambda token, image: True)
+        server = await transport_of(ucx).serve(Staged(folder), "127.0.0.1:0", check=lambda token, image: True)
         pipe.send(server.address)
         await asyncio.Event().wait()
 

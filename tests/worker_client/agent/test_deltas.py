@@ -9,7 +9,7 @@ import pytest
 from hotweights.transports.base import in_memory, open_shortest
 from hotweights.v1 import manifest_pb2
 from hotweights.worker_client.agent.data import MAKING_MAX, DataPort
-from hotweights.worker_client.agent.deltas import ROOM_KEPT_BYTES, Rooms
+from hotweights.worker_client.agent.deltas import ROOM_KEPT_BYTES, TRIED_OF, USELESS_MAX, Rooms, Worth
 from hotweights.worker_client.agent.folders import Folders
 from hotweights.worker_client.stage.stage import Stage
 
@@ -68,3 +68,27 @@ def test_so_many_rooms_and_no_more_are_out_at_once() -> None:
         assert not third.wait(0.2)
     assert third.wait(10)
     waiting.join(10)
+
+
+def test_where_deltas_were_of_no_use_only_a_few_are_tried_until_one_is() -> None:
+    worth = Worth()
+    tried = 0
+    for _ in range(USELESS_MAX + 10 * TRIED_OF):
+        if worth.is_tried(IMAGE, BASE):
+            tried += 1
+            worth.tell(IMAGE, BASE, useful=False)
+    assert USELESS_MAX + 8 <= tried <= USELESS_MAX + 11
+    assert worth.is_tried(IMAGE, bytes(32)), "another base is another matter"
+    while not worth.is_tried(IMAGE, BASE):
+        pass
+    worth.tell(IMAGE, BASE, useful=True)
+    assert all(worth.is_tried(IMAGE, BASE) for _ in range(100))
+
+
+def test_of_so_many_pairs_it_is_known_and_no_more() -> None:
+    worth = Worth()
+    for number in range(1000):
+        for _ in range(USELESS_MAX):
+            worth.tell(IMAGE, number.to_bytes(32, "big"), useful=False)
+    assert not worth.is_tried(IMAGE, (999).to_bytes(32, "big"))
+    assert worth.is_tried(IMAGE, bytes(32)), "forgotten, and tried anew"

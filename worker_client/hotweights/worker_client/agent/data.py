@@ -29,7 +29,7 @@ from hotweights.v1.worker_service_pb2 import Source
 from hotweights.wire.allowance import Allowance, Rate
 from hotweights.wire.endpoint import Endpoint
 from hotweights.wire.tokens import KEY_BYTES, BadToken, check_token
-from hotweights.worker_client.agent.deltas import KEPT_BYTES, Deltas, Rooms, changed_buckets
+from hotweights.worker_client.agent.deltas import KEPT_BYTES, USELESS_MAX, Deltas, Rooms, Worth, changed_buckets
 from hotweights.worker_client.agent.folders import Folders, Known
 from hotweights.worker_client.image.delta import make_delta
 from hotweights.worker_client.image.digests import on_all_cores, usable_cores
@@ -45,7 +45,6 @@ CONNECT_DEADLINE_S = 10.0
 # Of what strangers do, so much is logged.
 OF_ONE_HOST, OF_ALL_HOSTS = Rate(burst=5, every_s=60.0), Rate(burst=20, every_s=10.0)
 TRANSPORT, OVER_TLS = "tcp", "tcps"
-USELESS_MAX = 8  # buckets of a version of which no delta is smaller
 MAKING_MAX = 4  # deltas that are being made at once: each takes up to four times its bucket
 
 
@@ -83,6 +82,7 @@ class DataPort:
         self._server: Server | None = None
         self._deltas = Deltas()
         self._rooms = Rooms(MAKING_MAX)
+        self._worth = Worth()
         self._allowance = Allowance(OF_ONE_HOST, OF_ALL_HOSTS)
         self._withdraw: Callable[[bytes, str], None] = lambda digest, why: None
         self._arrivals: dict[bytes, asyncio.Future[None]] = {}
@@ -213,6 +213,8 @@ class DataPort:
         manifest = self._stage.peek(base)
         if manifest is None and self._folders.peek(base) is None:
             return None
+        if not self._worth.is_tried(image, base):
+            return None
         with self._rooms.take(view.nbytes if manifest is None else 0) as room:
             try:
                 if manifest is not None:
@@ -223,6 +225,7 @@ class DataPort:
             except (NotHeld, OSError):
                 return None
             made = make_delta(view, before)
+        self._worth.tell(image, base, useful=made is not None)
         if made is not None:
             self._deltas.put(key, made)
         return made

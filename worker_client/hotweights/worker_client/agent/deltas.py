@@ -12,6 +12,8 @@ from hotweights.v1.manifest_pb2 import Bucket, Manifest
 Key: TypeAlias = tuple[bytes, bytes, int, int, int]
 
 KEPT_BYTES = 64 << 20
+USELESS_MAX, TRIED_OF = 8, 8  # buckets of a version of which no delta is smaller
+PAIRS_MAX = 64
 ROOM_KEPT_BYTES = 16 << 20  # buckets are larger only where somebody set it so
 
 
@@ -20,6 +22,33 @@ def changed_buckets(target: Manifest, base: Manifest) -> list[Bucket]:
     before = {(bucket.file, bucket.offset, bucket.size_bytes): bucket.digest for bucket in base.buckets}
     places = ((bucket, (bucket.file, bucket.offset, bucket.size_bytes)) for bucket in target.buckets)
     return [bucket for bucket, place in places if before.get(place, bucket.digest) != bucket.digest]
+
+
+class Worth:
+    """Between which images deltas are worth making: where the last USELESS_MAX were none, one in TRIED_OF is tried."""
+
+    def __init__(self) -> None:
+        self._useless: OrderedDict[tuple[bytes, bytes], int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def is_tried(self, image: bytes, base: bytes) -> bool:
+        """Whether to make the next one. Thread-safe."""
+        with self._lock:
+            useless = self._useless.get((image, base), 0)
+            if useless < USELESS_MAX:
+                return True
+            self._useless[image, base] = useless + 1
+            return (useless - USELESS_MAX) % TRIED_OF == TRIED_OF - 1
+
+    def tell(self, image: bytes, base: bytes, *, useful: bool) -> None:
+        """Of one that was tried. Thread-safe."""
+        with self._lock:
+            if useful:
+                self._useless.pop((image, base), None)
+                return
+            self._useless[image, base] = self._useless.pop((image, base), 0) + 1
+            if len(self._useless) > PAIRS_MAX:
+                self._useless.popitem(last=False)
 
 
 class Rooms:

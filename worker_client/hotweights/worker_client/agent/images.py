@@ -228,10 +228,10 @@ class Images:
     ) -> None:
         """What is unchanged from `base`, the rest from the sources, as deltas to it where they have it too."""
         parallel = self._connections
-        if base is not None and base.unchanged(partial):
-            await room.all()
-            await in_thread(lambda stop: base.copy_unchanged(partial, stoppable(progress, stop)))
         if base is not None:
+            for index in base.unchanged(partial):
+                await room.of(index)
+            await in_thread(lambda stop: base.copy_unchanged(partial, stoppable(progress, stop)))
             parallel = max(parallel, DELTAS_AT_ONCE)
         if partial.missing:
             fetch = Fetch(
