@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,7 +78,7 @@ def look_at(rank: Rank, fresh: torch.nn.Module, one: Path, two: Path) -> dict[st
     before, after = copies(reachable(rank.model)), copies(reachable(fresh))
     rank.prepare(two, {}, base=one)
     while (held := rank.prepared()) is None:
-        pass
+        time.sleep(0.005)  # what prepares gives way to whoever does not
     routes, expected = held.made.routes, held.expected
     found: dict[str, Any] = {"changed by preparing": unequal(before, copies(reachable(rank.model)))}
     rank.apply(two)
@@ -89,7 +90,7 @@ def look_at(rank: Rank, fresh: torch.nn.Module, one: Path, two: Path) -> dict[st
     found["unlike before"] = unequal(before, copies(reachable(rank.model)))
     del held
     while not rank.release():
-        pass
+        time.sleep(0.005)
     return {"routes": vars(routes), "wrong": found}
 
 
