@@ -42,13 +42,20 @@ asyncio.run(main())
 
 
 @pytest.mark.asyncio
-async def test_a_file_that_ends_before_the_range_ends_the_connection_and_nobody_elses(tmp_path: Path) -> None:
+async def test_a_file_that_ends_before_the_range_ends_the_connection_and_nobody_elses(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     short = tmp_path / "short"
     short.write_bytes(CONTENT[:1000])
     source = Held(CONTENT, path=short)
     async with serving(TcpTransport(), source) as server:
         with pytest.raises(PeerGone):
             await read(TcpTransport(), server.address, 2000)
+        base = bytes(reversed(IMAGE))
+        asking = await TcpTransport().connect(server.address, token=TOKEN, deadline_s=5)
+        with pytest.raises(PeerGone):  # for a delta it is mapped
+            await asking.read_into(IMAGE, 0, 0, memoryview(bytearray(2000)), deadline_s=5, base=base)
+        assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
         assert await read(TcpTransport(), server.address, 1000) == CONTENT[:1000]
 
 

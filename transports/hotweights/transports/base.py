@@ -54,10 +54,16 @@ class FileRange:
         self.handle, self.offset, self.nbytes = handle, offset, size
 
     def mapped(self) -> memoryview:
-        """Its bytes, which stay when this is released and the file is removed. Raises OSError."""
+        """Its bytes, which stay when this is released and the file is removed.
+
+        Raises OSError, for a file that has become shorter too.
+        """
         begin = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
         skip = self.offset - begin
-        whole = mmap.mmap(self.handle, skip + self.nbytes, prot=mmap.PROT_READ, offset=begin)
+        try:
+            whole = mmap.mmap(self.handle, skip + self.nbytes, prot=mmap.PROT_READ, offset=begin)
+        except ValueError as error:
+            raise OSError(f"the file ends before the range: {error}") from error
         return memoryview(whole)[skip:]
 
     def release(self) -> None:

@@ -172,7 +172,7 @@ class Images:
                 self._changed()
 
     async def _abandon(self, partial: Partial, *, gone: bool) -> None:
-        """In a thread: freeing takes 0.2 s a GiB. Raises OSError."""
+        """In a thread: freeing a large image takes long. Raises OSError."""
         work = asyncio.ensure_future(asyncio.to_thread(self.stage.abandon, partial, gone=gone))
         await outlast(work)
         work.result()

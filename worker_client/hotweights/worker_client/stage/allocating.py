@@ -1,6 +1,6 @@
 """Room for an image's files, taken in a thread ahead of what is received into them.
 
-Taking all of it first would be time in which nothing comes: 0.2 s for 512 MiB, six seconds for 16 GiB.
+Taking all of it first would be time in which nothing comes, the more the larger the image is.
 """
 
 import asyncio

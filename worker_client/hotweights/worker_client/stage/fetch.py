@@ -183,7 +183,6 @@ class Fetch:
                     raise SourcesFailed(self._partial.digest, self._reasons())
                 useless = used is not source or connection in self._broken or self._pace.delay_s(size) > LINGER_S
                 if connection is not None and useless:
-                    self._broken.discard(connection)
                     await connection.close()
                     connection = None
                 base = self._base_for(index, source)

@@ -75,7 +75,7 @@ class Partial:
     def allocate(self, advanced: Callable[[], object] = lambda: None, stop: Callable[[], bool] = lambda: False) -> None:
         """Takes the room for all files, in their order; `advanced` is called whenever there is more of it.
 
-        Blocks: some seconds for 16 GiB. Raises OSError (ENOSPC); ends early once `stop()`.
+        Blocks, long for a large image. Raises OSError (ENOSPC); ends early once `stop()`.
         """
         for number, file in enumerate(self.manifest.files):
             handle = os.open(self.folder / file.name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
