@@ -31,14 +31,21 @@ def free_port() -> int:
 
 
 def leave_a_core(engine: int) -> None:
-    """Keeps the engine whose process has just been started off the first core, when there are more.
+    """Moves an engine off the first core, when there are more, given the leader of its session.
+
+    Best once it serves: starting keeps two cores busy.
 
     vLLM's processes wait for each other with sched_yield. While an engine generates without pause on every core,
     Linux 6.18 lets a process of another session wait for half a minute: `python -m benchmarks.starved` shows it.
     """
     cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
-    if len(cores) > 1:
-        os.sched_setaffinity(engine, cores[1:])
+    if len(cores) < 2:
+        return
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it may end meanwhile
+            session = stat.read_text().rpartition(")")[2].split()[3]
+            for thread in (stat.parent / "task").iterdir() if session == str(engine) else ():
+                os.sched_setaffinity(int(thread.name), cores[1:])
 
 
 class Processes:

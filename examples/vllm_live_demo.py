@@ -97,9 +97,9 @@ class Demo:
             "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "256",
         ])
         # fmt: on
-        leave_a_core(engine)
         ready = self.url.removesuffix("/v1") + "/health"
         self.processes.wait_until("engine", lambda: answers(ready), ENGINE_DEADLINE_S)
+        leave_a_core(engine)
         say(f"vLLM serves v1 at {self.url}")
 
     def _coordinator_answers(self) -> bool:

@@ -30,6 +30,7 @@ PRELOADED = (
     "vllm.v1.engine.async_llm",
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.worker.cpu_worker",
+    "vllm.entrypoints.openai.api_server",
     "tests.warm_child",
 )
 _server: Any = multiprocessing.forkserver._forkserver
@@ -57,8 +58,18 @@ class WarmContext(ForkServerContext):
 def use() -> None:
     """From here on what this process starts of vLLM is forked; call it as often as you like."""
     from vllm.utils import system_utils
+    from vllm.v1 import utils
 
-    system_utils.multiprocessing = SimpleNamespace(get_context=lambda method: WarmContext())
+    for module in (system_utils, utils):  # cores and ranks; API servers
+        module.multiprocessing = SimpleNamespace(get_context=lambda method: WarmContext())
+    look_at_classes_here()
+
+
+def look_at_classes_here() -> None:
+    """vLLM asks a process of its own, which imports all of it, about each model class that its cache does not know."""
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda ask: ask()
 
 
 def _bind_threads() -> None:

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from tests import warm
 
 from hotweights.adapters.fingerprint import fingerprint
 from hotweights.adapters.rank import Rank
@@ -107,6 +108,8 @@ def main() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
 
+    warm.look_at_classes_here()
+    gc.freeze()  # vLLM collects garbage with each model: what is imported is none
     vllm._custom_ops._supports_onednn = False
     torch.accelerator.empty_cache = lambda: None  # of a device, which is not there
     folder, *names = sys.argv[1:]

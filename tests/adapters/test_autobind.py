@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+from tests import warm
 from tests.agents import end_agent
 from tests.certificates import Authority
 from tests.models import make_checkpoint
@@ -29,6 +30,7 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 BY_CODE = """
 import asyncio, sys
+from tests import warm
 from hotweights.adapters.vllm_auto import install_autobind
 
 async def main():
@@ -44,6 +46,7 @@ async def main():
     llm.shutdown()
 
 if __name__ == "__main__":
+    warm.begin_if_asked()
     asyncio.run(main())
 """
 
@@ -156,9 +159,10 @@ async def test_install_autobind_asks_for_policy_auto_and_sets_the_handle(
     listener, endpoint = coordinator
     folder = make_checkpoint(tmp_path / "model", 1)
     (tmp_path / "by_code.py").write_text(BY_CODE)
+    quicker = {"TEST_WARM": "1", "PYTHONPATH": str(warm.ROOT)}
     program = await asyncio.create_subprocess_exec(
         *(sys.executable, str(tmp_path / "by_code.py"), str(folder), endpoint),
-        env=environment(tmp_path, HOTWEIGHTS_USE_IPC_AGENT="1", VLLM_LOGGING_LEVEL="ERROR"),
+        env=environment(tmp_path, HOTWEIGHTS_USE_IPC_AGENT="1", VLLM_LOGGING_LEVEL="ERROR", **quicker),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,

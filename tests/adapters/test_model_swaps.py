@@ -6,6 +6,7 @@ The rows without an engine of the table in docs/VLLM_INTEGRATION.md come from he
 import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,7 @@ def found(request: pytest.FixtureRequest, checkpoints: Path) -> dict[str, list[d
         text=True,
         timeout=DEADLINE_S,
         check=False,
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
     )
     assert done.returncode == 0, done.stderr[-6000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import ENGINE_DEADLINE_S, MODEL, REPLICA, WAIT_S, Fleet, complete, server_arguments, wait_for
+from fleet import ENGINE_DEADLINE_S, MODEL, REPLICA, WAIT_S, Fleet, complete, wait_for
 from live_processes import answers, free_port, leave_a_core
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
@@ -22,11 +22,9 @@ class Second:
         self._fleet = fleet
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        _, *arguments = server_arguments(MODEL, checkpoint, port)
-        arguments[arguments.index("failpoints_by_http.FailpointsByHttp")] = "misreading.Misreading"
-        fleet.start(SECOND, ["vllm_serve", "serve", *arguments], HOTWEIGHTS_REPLICA=SECOND, TEST_WARM="1")
-        leave_a_core(fleet.pid(SECOND))
+        fleet.start_server(SECOND, checkpoint, port, extension="misreading.Misreading", HOTWEIGHTS_REPLICA=SECOND)
         wait_for("the second engine", self._answers, ENGINE_DEADLINE_S)
+        leave_a_core(fleet.pid(SECOND))
 
     def _answers(self) -> bool:
         assert self._fleet.runs(SECOND), (self._fleet.folder / f"{SECOND}.log").read_text()[-4000:]

@@ -32,7 +32,7 @@ def serves(fleet: Fleet, version: str, oracles: dict[str, Any]) -> None:
 def test_a_version_is_swapped_in_and_rolled_back_while_clients_stream(fleet: Fleet, oracles: dict[str, Any]) -> None:
     traffic = Traffic(f"{fleet.url}/v1", MODEL, clients=3)
     traffic.start()
-    time.sleep(1.0)
+    wait_for("traffic", lambda: traffic.seen.token_times)
     begun = time.monotonic()
     update = fleet.json("update", "v2")
     assert update["phase"] == "UPDATE_PHASE_COMMITTED"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import ENGINE_DEADLINE_S, MODEL, REPLICA, Fleet, complete, server_arguments, wait_for
+from fleet import ENGINE_DEADLINE_S, MODEL, REPLICA, Fleet, complete, wait_for
 from growth import folder_mib
 from live_processes import answers, free_port, leave_a_core
 from random_llama import make_checkpoint
@@ -156,11 +156,11 @@ def node(tmp_path: Path, checkpoints: dict[str, Path]) -> Iterator[tuple[Fleet, 
         for replica, (model, version) in ENGINES.items():
             port = free_port()
             urls[replica] = f"http://127.0.0.1:{port}"
-            arguments = server_arguments(model, checkpoints[version], port)
-            fleet.start(replica, arguments, HOTWEIGHTS_MODEL=model, HOTWEIGHTS_REPLICA=replica)
-            leave_a_core(fleet.pid(replica))
-        for url in urls.values():
+            own = {"HOTWEIGHTS_MODEL": model, "HOTWEIGHTS_REPLICA": replica}
+            fleet.start_server(replica, checkpoints[version], port, model=model, **own)
+        for replica, url in urls.items():
             wait_for("an engine", functools.partial(answers, f"{url}/health"), 3 * ENGINE_DEADLINE_S)
+            leave_a_core(fleet.pid(replica))
         for model in (MODEL, OTHER):
             for version, folder in checkpoints.items():
                 fleet.json("publish", str(folder), "--model", model, "--version", version)

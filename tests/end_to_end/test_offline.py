@@ -52,7 +52,6 @@ class Offline:
                 text=True,
                 start_new_session=True,
             )
-        leave_a_core(self._process.pid)
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -60,6 +59,9 @@ class Offline:
         for line in self._process.stdout:
             if line.startswith("{"):  # vLLM logs to stdout as well
                 self.last = json.loads(line)
+
+    def leave_a_core(self) -> None:
+        leave_a_core(self._process.pid)
 
     def serves(self, version: str, outputs: list[str]) -> bool:
         assert self._process.poll() is None
@@ -92,6 +94,7 @@ def test_an_offline_llm_is_swapped_while_it_generates_and_goes_back_and_ends_by_
     of = {name: oracle["outputs"] for name, oracle in oracles.items()}
     # The name of what it was started on is the coordinator's to know; it learns names with its first update.
     wait_for("v1", lambda: offline.serves("", of["v1"]), ENGINE_DEADLINE_S)
+    offline.leave_a_core()
     # Its policy is auto, as install_autobind asks: nobody has to start the update.
     fleet.json("publish", str(checkpoints["v2"]), "--model", MODEL, "--version", "v2")
     wait_for("v2", lambda: offline.serves("v2", of["v2"]))

@@ -37,18 +37,11 @@ class ParallelFleet(Fleet):
             "HOTWEIGHTS_STAGE_DIR": str(self.stage),
             "HOTWEIGHTS_AGENT_SOCKET": str(self.stage / "agent.sock"),
             "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-            "TEST_WARM": "1",
         }
 
     def start_engine(self) -> None:
-        # fmt: off
-        self.start("engine", [
-            "vllm_serve", "serve", str(self.checkpoint), "--served-model-name", MODEL,
-            "--host", "127.0.0.1", "--port", str(self.api_port), "--dtype", "bfloat16", "--enforce-eager",
-            "--max-model-len", "256", "--worker-extension-cls", "failpoints_by_http.FailpointsByHttp",
-            "--data-parallel-size", "2", "--api-server-count", "2",
-        ])
-        # fmt: on
+        options = ("--data-parallel-size", "2", "--api-server-count", "2")
+        self.start_server("engine", self.checkpoint, self.api_port, *options)
         wait_for("the engine", self._engine_answers, ENGINE_DEADLINE_S)
         wait_for("the replica", lambda: self.replica().get("active_digest"))
 
