@@ -26,7 +26,7 @@ _LANE, _WORD = np.dtype("<u2"), np.dtype("<u8")
 _LANES_OF_WORD = _WORD.itemsize // _LANE.itemsize
 _SKIP = 255
 _PIECE_LANES = 256 << 10  # compared at once: two of them fit a core's cache
-_LOOK_LANES = 4096  # so many, spread over the bucket, tell whether it is worth it
+_LOOK_LANES = 1024  # so many, spread over the bucket, tell whether it is worth it
 _FEW = 0.1  # of words that differ, up to which it is faster to look for them first
 
 
@@ -48,12 +48,9 @@ def make_delta(target: memoryview, base: memoryview) -> bytes | None:
     changed = np.concatenate(found) if found else np.empty(0, np.int64)
     if changed.size > CHANGED_MAX * now.size:
         return None
-    distances = np.diff(changed, prepend=-1) - 1
-    skips = distances // _SKIP
-    gaps = np.full(changed.size + int(skips.sum()), _SKIP, dtype=np.uint8)
-    gaps[np.cumsum(skips + 1) - 1] = distances % _SKIP
+    gaps = _gaps(changed)
     head = _HEAD.pack(gaps.size, changed.size)
-    delta = b"".join((head, gaps.tobytes(), now[changed].tobytes(), bytes(target[2 * now.size :])))
+    delta = b"".join((head, gaps.tobytes(), now.take(changed).tobytes(), bytes(target[2 * now.size :])))
     return delta if len(delta) < target.nbytes else None
 
 
@@ -71,8 +68,10 @@ def apply_delta(delta: bytes | memoryview, bucket: memoryview) -> None:
         raise BadDelta(f"{count} values and {gap_count} gaps for {size} bytes are more than are ever made")
     gaps = np.frombuffer(delta, dtype=np.uint8, count=gap_count, offset=_HEAD.size)
     values = np.frombuffer(delta, dtype=_LANE, count=count, offset=_HEAD.size + gap_count)
-    is_value = gaps != _SKIP
-    positions = np.cumsum(np.where(is_value, gaps.astype(np.int64) + 1, _SKIP))[is_value] - 1
+    lanes_before = np.cumsum(gaps, dtype=np.int64)
+    if gap_count != count:
+        lanes_before = lanes_before[gaps != _SKIP]
+    positions = lanes_before + np.arange(lanes_before.size)  # beside those that are skipped, those that changed
     if positions.size != count or (count and positions[-1] >= size // 2):
         raise BadDelta(f"{positions.size} places for {count} values")
     _lanes(bucket)[positions] = values
@@ -88,9 +87,26 @@ def _changed(now: Lanes, before: Lanes) -> Positions:
     """Where they differ, in order. Where little did, words first: most of the work is over with them."""
     whole = now.size - now.size % _LANES_OF_WORD
     words_now, words_before = now[:whole].view(_WORD), before[:whole].view(_WORD)
-    words = np.flatnonzero(words_now != words_before)
+    (words,) = np.nonzero(words_now != words_before)
     if words.size > _FEW * words_now.size or whole < now.size:
         return np.flatnonzero(now != before)
-    inside = np.flatnonzero((words_now[words] ^ words_before[words]).view(_LANE))
-    positions: Positions = words[inside // _LANES_OF_WORD] * _LANES_OF_WORD + inside % _LANES_OF_WORD
+    (inside,) = np.nonzero((words_now.take(words) ^ words_before.take(words)).view(_LANE) != 0)
+    positions: Positions = (words * _LANES_OF_WORD).take(inside // _LANES_OF_WORD) + inside % _LANES_OF_WORD
     return positions
+
+
+def _gaps(changed: Positions) -> npt.NDArray[np.uint8]:
+    """Between these places, from before the first on; the long ones with their 255s before them."""
+    distances = np.empty(changed.size, np.int64)
+    distances[:1] = changed[:1]
+    np.subtract(changed[1:], changed[:-1] + 1, out=distances[1:])
+    (long,) = np.nonzero(distances >= _SKIP)
+    if not long.size:
+        return distances.astype(np.uint8)
+    skips = distances[long] // _SKIP
+    distances[long] -= _SKIP * skips
+    gaps = np.full(changed.size + int(skips.sum()), _SKIP, dtype=np.uint8)
+    is_last = np.ones(gaps.size, dtype=np.bool_)
+    is_last[np.repeat(long, skips) + np.arange(gaps.size - changed.size)] = False
+    gaps[is_last] = distances
+    return gaps

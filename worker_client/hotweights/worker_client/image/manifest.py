@@ -40,13 +40,15 @@ BUCKETS = 512
 
 @dataclass(frozen=True)
 class Image:
-    """A folder whose content is known. `stamps` are one a file, in the manifest's order."""
+    """A folder whose content is known. `stamps` and `paths` are one a file, in the manifest's order."""
 
     folder: Path
     manifest: manifest_pb2.Manifest = field(repr=False)
     blob: bytes = field(repr=False)
     digest: bytes
     stamps: tuple[Stamp, ...] = field(repr=False)
+    paths: tuple[Path, ...] = field(repr=False)
+    """Links followed, when the content was hashed; `path` follows them now."""
 
     @property
     def size_bytes(self) -> int:
@@ -106,7 +108,8 @@ def build_manifest(
     manifest = _fill_manifest(entries, bucket_bytes)
     check_manifest(manifest, allow_code=include_code)  # what others would refuse is not published
     blob = manifest.SerializeToString(deterministic=True)
-    return Image(folder, manifest, blob, digest_of(blob), tuple(entry.stamp for entry in entries))
+    stamps, paths = tuple(entry.stamp for entry in entries), tuple(entry.file.path for entry in entries)
+    return Image(folder, manifest, blob, digest_of(blob), stamps, paths)
 
 
 def _bucket_bytes(image_bytes: int) -> int:
@@ -122,13 +125,14 @@ def open_image(folder: Path, blob: bytes, *, allow_code: bool = False) -> Image:
     """
     folder = folder.resolve()
     manifest = parse_manifest(blob, allow_code=allow_code)
-    stamps = []
+    stamps, paths = [], []
     for file in manifest.files:
-        stamp = _stamp_now(folder, file.name)
-        if stamp is None or stamp.size_bytes != file.size_bytes:
+        found = _find_now(folder, file.name)
+        if found is None or found[1].size_bytes != file.size_bytes:
             raise FolderChanged(folder, file.name)
-        stamps.append(stamp)
-    return Image(folder, manifest, blob, digest_of(blob), tuple(stamps))
+        paths.append(found[0])
+        stamps.append(found[1])
+    return Image(folder, manifest, blob, digest_of(blob), tuple(stamps), tuple(paths))
 
 
 def parse_manifest(blob: bytes, *, allow_code: bool = False) -> manifest_pb2.Manifest:
@@ -229,12 +233,14 @@ def _fill_manifest(entries: list[_Entry], bucket_bytes: int) -> manifest_pb2.Man
 
 
 def _expect(folder: Path, name: str, stamp: Stamp) -> None:
-    if _stamp_now(folder, name) != stamp:
+    found = _find_now(folder, name)
+    if found is None or found[1] != stamp:
         raise FolderChanged(folder, name)
 
 
-def _stamp_now(folder: Path, name: str) -> Stamp | None:
+def _find_now(folder: Path, name: str) -> tuple[Path, Stamp] | None:
     try:
-        return read_stamp(locate(folder, name))
+        path = locate(folder, name)
+        return path, read_stamp(path)
     except (BadImage, FileNotFoundError):  # gone, or no longer a plain file of the folder
         return None

@@ -1,8 +1,10 @@
 """Ranges of an image's files, for those who fetch them: read first, then proven to be what was hashed."""
 
+import errno
+import os
 from io import FileIO
 
-from hotweights.worker_client.image.errors import BadImage, FolderChanged
+from hotweights.worker_client.image.errors import FolderChanged
 from hotweights.worker_client.image.manifest import Image
 from hotweights.worker_client.image.stamps import stamp_of
 
@@ -24,13 +26,22 @@ class BucketReader:
         """As read_range, into memory that is there: new pages take longer than what is read into them."""
         name = _name_of(image, file_index, offset, len(into))
         try:
-            with FileIO(image.path(file_index)) as file:
+            with FileIO(image.paths[file_index], opener=_open_no_link) as file:
                 _read_full(file, offset, into, image, name)
-                # Of the open file: its path may lead elsewhere by now. After reading: it covers both.
+                # Of the open file: its path may lead to another by now. After reading: it covers both.
                 if stamp_of(file) != image.stamps[file_index]:
                     raise FolderChanged(image.folder, name)
-        except (BadImage, FileNotFoundError):
+        except FileNotFoundError:
             raise FolderChanged(image.folder, name) from None
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise FolderChanged(image.folder, name) from None
+            raise
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """What is a link now was none when its content was hashed."""
+    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def _name_of(image: Image, file_index: int, offset: int, size: int) -> str:
