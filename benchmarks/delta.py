@@ -10,12 +10,15 @@
     plain_overhead  time of staging a version in which everything changed on a node with the one before, over one with
                     nothing: what looking for deltas costs
 
+    speedup_1_huge, speedup_next_huge
+                    likewise, of nodes whose stages are on a tmpfs with huge pages (benchmarks.memory)
+
     agent_memory    (under medians) the most that the larger of the two agents took of memory of its own, in MB: beside
                     images, which are in files under /dev/shm
 
 Coordinator, publisher and agents are the real ones, in two network namespaces with a limited link (tc tbf); see
-benchmarks.fanout. Values are bf16; those that change are spread at random over all tensors, and move by one to three
-units in the last place.
+benchmarks.fanout. Memory that an image is about to take has been used a moment before (benchmarks.memory). Values are
+bf16; those that change are spread at random over all tensors, and move by one to three units in the last place.
 """
 
 import argparse
@@ -25,7 +28,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -35,6 +38,7 @@ from safetensors.numpy import save_file
 from benchmarks import netns
 from benchmarks.distribute import Took, distribute
 from benchmarks.fanout import ENDPOINT, Fleet, sent_bytes
+from benchmarks.memory import NoHugePages, huge_pages, use_once
 from benchmarks.report import Report, progress
 from hotweights.worker_client.config import load_config
 
@@ -44,6 +48,9 @@ IMAGE_MIB, IMAGE_MIB_QUICK = 512, 128
 RUNS, RUNS_QUICK = 3, 1
 SHARES = {"01": 0.001, "1": 0.01, "2": 0.02, "10": 0.1, "100": 1.0}
 TENSORS = 16
+SPEEDUPS = ("speedup_1", "speedup_next", "speedup_1_huge", "speedup_next_huge")
+USED_IMAGES = 4  # of the memory that is free, as it is not known which the kernel will take
+HUGE_IMAGES = 10
 Values = dict[str, np.ndarray]
 
 
@@ -130,18 +137,19 @@ class Pair:
         return took, (sent_bytes(self._publisher) - sent) / self.size_bytes, max(most)
 
 
-def measure(pair: Pair, stages: Path, runs: int) -> dict[str, list[float]]:
+def measure(pair: Pair, stages: Path, runs: int, shares: Mapping[str, float]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     random = np.random.default_rng()
     for run in range(runs):
         values = random_values(random, pair.size_bytes)
         before = write(stages / "before", values)
-        for name, share in SHARES.items():
+        for name, share in shares.items():
             values_after = changed_values(random, values, share)
             after = write(stages / "after", values_after)
             pair.forget()
             os.utime(before / "model.safetensors")  # so that publishing hashes it again
             full, _, _ = pair.send(before, "v1")
+            use_once(stages, USED_IMAGES * pair.size_bytes)
             step, wire, memory = pair.send(after, "v2")
             progress(
                 f"run {run}: the whole in {full.publish_s:.2f} + {full.update_s:.2f} s, with {name} changed in "
@@ -158,6 +166,7 @@ def measure(pair: Pair, stages: Path, runs: int) -> dict[str, list[float]]:
                 found.setdefault(key, []).append(value)
             if name == "1":
                 later = write(stages / "later", changed_values(random, values_after, share))
+                use_once(stages, USED_IMAGES * pair.size_bytes)
                 next_step, _, _ = pair.send(later, "v3")
                 progress(
                     f"run {run}: and the version after that in {next_step.publish_s:.2f} + {next_step.update_s:.2f} s"
@@ -184,13 +193,25 @@ def main() -> int:
         try:
             nodes = stack.enter_context(netns.nodes(2, MBIT))
         except netns.NoNamespaces as error:
-            for key in (*(f"wire_share_{name}" for name in SHARES), "speedup_1", "speedup_next", "plain_overhead"):
+            for key in (*(f"wire_share_{name}" for name in SHARES), "plain_overhead", *SPEEDUPS):
                 report.skip(key, str(error))
             report.emit(as_json=arguments.json)
             return 0
         fleet = Fleet(work, stages, nodes, max_images=2)
         with fleet.running("hotweights.cli"):
-            found = measure(Pair(fleet, nodes, stages, size * MIB), stages, runs)
+            found = measure(Pair(fleet, nodes, stages, size * MIB), stages, runs, SHARES)
+        on_huge: dict[str, list[float]] = {}
+        try:
+            # Three folders that are published, three images in the node's stage, and what is used beforehand.
+            large = stack.enter_context(huge_pages(HUGE_IMAGES * size * MIB))
+        except NoHugePages as error:
+            for key in SPEEDUPS[2:]:
+                report.skip(key, str(error))
+        else:
+            fleet = Fleet(work, large / "stages", nodes, max_images=2)
+            with fleet.running("hotweights.cli"):
+                pair = Pair(fleet, nodes, large / "stages", size * MIB)
+                on_huge = measure(pair, large, runs, {"1": SHARES["1"]})
     report.medians["agent_memory"] = {"value": max(found.pop("agent_memory")), "unit": "MB"}
     for key, values in found.items():
         report.median(key, values, "images" if key.startswith("wire") else "s")
@@ -198,6 +219,11 @@ def main() -> int:
         report.ratios[f"wire_share_{name}"] = report.medians[f"wire_{name}"]["value"]  # type: ignore[assignment]
     report.ratio("speedup_1", found["full_1"], found["step_1"])
     report.ratio("speedup_next", found["full_1"], found["next_1"])
+    if on_huge:
+        for key in ("full_1", "step_1", "next_1"):
+            report.median(f"{key}_huge", on_huge[key], "s")
+        report.ratio("speedup_1_huge", on_huge["full_1"], on_huge["step_1"])
+        report.ratio("speedup_next_huge", on_huge["full_1"], on_huge["next_1"])
     report.ratio("plain_overhead", found["step_stage_100"], found["full_stage_100"])
     report.emit(as_json=arguments.json)
     return 0

@@ -3,6 +3,7 @@
     python -m benchmarks.transfer --json [--quick]
 
     tcp_rate      ours over tcp, every bucket verified in the stage, over a plain socket's `recv_into` of as many bytes
+    tcp_huge_rate likewise, of nodes whose stages are on a tmpfs with huge pages (benchmarks.memory)
     ucx_rate      ours over UCX with nothing but TCP, likewise; shm_rate: where it may take shared memory too
     gloo_rate     a broadcast of torch.distributed over gloo, which verifies nothing, over the same
     nixl_rate     a READ of NIXL over its UCX backend on TCP, likewise; mooncake_rate: of Mooncake's engine over TCP
@@ -10,8 +11,9 @@
 
     gloo_verified, nixl_verified, mooncake_verified   theirs and then the hashes of all of it, on all cores, likewise
 
-Sender and receiver are processes of their own; the receiver's memory is under /dev/shm and allocated before the clock
-starts. All take their turn in every run. What is not in this version or not installed is under `skipped`.
+Sender and receiver are processes of their own; the receiver's memory is under /dev/shm, or on that tmpfs, and allocated
+before the clock starts. All take their turn in every run. What is not in this version or not installed is under
+`skipped`.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,6 +36,7 @@ from typing import Any
 
 from benchmarks import netns
 from benchmarks.fanout import Fleet, make_image
+from benchmarks.memory import NoHugePages, huge_pages
 from benchmarks.peers import SIDES, NoPeer, Peer
 from benchmarks.report import Report, progress
 
@@ -41,6 +45,7 @@ IMAGE_MIB, IMAGE_MIB_QUICK = 2048, 256
 RUNS, RUNS_QUICK = 7, 3
 LINE_MBIT, LINE_MIB = 1000.0, 512
 SEND_BYTES = 4 << 20
+HUGE_MORE_BYTES = 64 * MIB
 # Of 1514 bytes on the wire 1448 are ours.
 PAYLOAD = 1448 / 1514
 PEERS = ("gloo", *SIDES)  # which verify nothing
@@ -152,7 +157,7 @@ def receive_into_stage(address: str, folder: Path, ucx: str) -> float:
         return way
 
     image = build_manifest(folder)
-    root = Path(tempfile.mkdtemp(prefix="hotweights-bench-", dir="/dev/shm"))
+    root = Path(tempfile.mkdtemp(prefix="received-", dir=folder.parent))
     try:
         stage = Stage(root / "stage")
         stage.open()
@@ -268,6 +273,16 @@ def skip_peer(report: Report, name: str, reason: str) -> None:
     report.skip(f"{name}_verified", reason)
 
 
+def on_huge_pages(stack: ExitStack, report: Report, context: Any, folder: Path, size: int) -> dict[str, Pair]:
+    """Ours with a copy of the image there, where there are any."""
+    try:
+        large = stack.enter_context(huge_pages(2 * size + HUGE_MORE_BYTES))
+    except NoHugePages as error:
+        report.skip("tcp_huge_rate", str(error))
+        return {}
+    return {"tcp_huge": Pair(context, send_ours, receive_ours, Path(shutil.copytree(folder, large / "image")))}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="the report as the last line of stdout")
@@ -275,14 +290,15 @@ def main() -> int:
     arguments = parser.parse_args()
     runs, size = (RUNS_QUICK, IMAGE_MIB_QUICK * MIB) if arguments.quick else (RUNS, IMAGE_MIB * MIB)
     report, context = Report("transfer", runs), mp.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="hotweights-bench-", dir="/dev/shm") as temporary:
-        work = Path(temporary)
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hotweights-bench-", dir="/dev/shm")))
         folder = make_image(work / "image", size)
         movers: dict[str, Pair | Gloo | Peer | Hash] = {
             "hash": Hash(folder),
             "plain": Pair(context, send_plain, receive_plain, folder),
             "tcp": Pair(context, send_ours, receive_ours, folder),
         }
+        movers |= on_huge_pages(stack, report, context, folder, size)
         for name, ucx in (("ucx", "tcp,self"), ("shm", "tcp,sm,self")):
             if importlib.util.find_spec("ucxx") is None:
                 report.skip(f"{name}_rate", "ucxx is not installed")

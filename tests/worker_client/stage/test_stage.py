@@ -22,7 +22,7 @@ from hotweights.worker_client.stage import pins
 from hotweights.worker_client.stage.allocating import Allocating
 from hotweights.worker_client.stage.copy import copy_folder
 from hotweights.worker_client.stage.errors import ImageAltered, NotStaged, StageFull, StageTaken, StageUnsafe
-from hotweights.worker_client.stage.room import Room
+from hotweights.worker_client.stage.room import Room, small_pages
 from hotweights.worker_client.stage.stage import Stage, safe_folder
 
 
@@ -224,21 +224,25 @@ def test_where_no_file_can_be_made_the_image_is_refused_and_leaves_nothing(tmp_p
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small tmpfs")
+@pytest.mark.parametrize(
+    ("pages", "mount_mib", "tensor_bytes"), [("never", 2, 500_000), ("within_size", 16, 4_000_000)]
+)
 async def test_room_that_somebody_else_takes_while_an_image_comes_is_a_refusal_and_nobodys_death(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages: str, mount_mib: int, tensor_bytes: int
 ) -> None:
     monkeypatch.setattr("hotweights.worker_client.stage.partial._PIECE_BYTES", 1 << 14)
     mount = tmp_path / "shm"
     mount.mkdir()
-    mounting = await asyncio.create_subprocess_exec("mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mount)
+    options = f"size={mount_mib}m,huge={pages}"
+    mounting = await asyncio.create_subprocess_exec("mount", "-t", "tmpfs", "-o", options, "tmpfs", mount)
     if await mounting.wait():
         pytest.skip("this container may not mount")
     stage = Stage(mount / "stage")
     try:
-        image = make_image(tmp_path / "v1", tensor_bytes=500_000)
+        image = make_image(tmp_path / "v1", tensor_bytes=tensor_bytes)
         stage.open()
         partial, _ = stage.reserve(image.digest, image.blob)
-        (mount / "others").write_bytes(bytes((2 << 20) - image.size_bytes // 2))
+        (mount / "others").write_bytes(bytes((mount_mib << 20) - image.size_bytes // 2))
         room = Allocating(stage, partial)
         last = len(image.manifest.buckets) - 1
         with pytest.raises(StageFull) as refused:
@@ -251,9 +255,15 @@ async def test_room_that_somebody_else_takes_while_an_image_comes_is_a_refusal_a
         (mount / "others").unlink()
         put(stage, image)
         assert stage.held() == [image.digest]
+        assert small_pages(stage.root) == ("" if pages == "within_size" else str(mount))
     finally:
         stage.close()
         assert await (await asyncio.create_subprocess_exec("umount", mount)).wait() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts are looked at on Linux")
+def test_only_a_tmpfs_has_pages_that_could_be_larger() -> None:
+    assert small_pages(Path("/proc/self")) == ""
 
 
 def test_only_one_agent_uses_a_stage(stage: Stage) -> None:

@@ -26,6 +26,7 @@ from hotweights.worker_client.agent.locks import check_socket_path, is_lost, loc
 from hotweights.worker_client.agent.peers import parse_allow
 from hotweights.worker_client.agent.service import AgentServicer
 from hotweights.worker_client.config import Config
+from hotweights.worker_client.stage.room import small_pages
 from hotweights.worker_client.stage.stage import Stage, safe_folder
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ async def serve_agent(
     try:
         found = await asyncio.to_thread(stage.open)
         handler = _log_to(config.stage_dir / LOG_NAME)
+        if small := small_pages(config.stage_dir):
+            log.info("%s has small pages: mounted with huge=within_size it takes images with less work", small)
         try:
             await _serve(config, stage, found, stop, lock if started_by_client else None)
         finally:

@@ -68,10 +68,8 @@ def apply_delta(delta: bytes | memoryview, bucket: memoryview) -> None:
         raise BadDelta(f"{count} values and {gap_count} gaps for {size} bytes are more than are ever made")
     gaps = np.frombuffer(delta, dtype=np.uint8, count=gap_count, offset=_HEAD.size)
     values = np.frombuffer(delta, dtype=_LANE, count=count, offset=_HEAD.size + gap_count)
-    lanes_before = np.cumsum(gaps, dtype=np.int64)
-    if gap_count != count:
-        lanes_before = lanes_before[gaps != _SKIP]
-    positions = lanes_before + np.arange(lanes_before.size)  # beside those that are skipped, those that changed
+    unchanged_before = np.cumsum(gaps, dtype=np.int64)[gaps != _SKIP]
+    positions = unchanged_before + np.arange(unchanged_before.size)
     if positions.size != count or (count and positions[-1] >= size // 2):
         raise BadDelta(f"{positions.size} places for {count} values")
     _lanes(bucket)[positions] = values

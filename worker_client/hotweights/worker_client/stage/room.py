@@ -27,21 +27,32 @@ def measure_room(folder: Path, *, used_bytes: int = 0, quota_bytes: int | None =
     rooms = [Room(stat.f_bavail * stat.f_frsize, "stage")]
     if quota_bytes is not None:
         rooms.append(Room(quota_bytes - used_bytes, "quota"))
-    if sys.platform == "linux" and _file_system(folder) in _MEMORY_FILE_SYSTEMS:
+    if sys.platform == "linux" and _mount_of(folder)[1] in _MEMORY_FILE_SYSTEMS:
         rooms += [room for room in (_machine_memory(), _container_memory()) if room is not None]
     return min(rooms, key=lambda room: room.free_bytes)
 
 
-def _file_system(folder: Path) -> str:
-    """Type of the file system `folder` is on, from the longest mount point above it."""
-    path, best, kind = str(folder.resolve()), "", ""
+def small_pages(folder: Path) -> str:
+    """The mount point of the tmpfs that `folder` is on, if it gives files no huge pages; else empty.
+
+    Taking, mapping and freeing memory by 4 KiB is nearly half of what a node does with an image that comes.
+    """
+    if sys.platform != "linux":
+        return ""
+    point, kind, options = _mount_of(folder)
+    return point if kind == "tmpfs" and not any(option.startswith("huge=") for option in options) else ""
+
+
+def _mount_of(folder: Path) -> tuple[str, str, list[str]]:
+    """Mount point, type and options of the file system `folder` is on: the longest mount point above it."""
+    path, best, kind, options = str(folder.resolve()), "", "", ""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields, _, after = line.partition(" - ")
         point = fields.split()[4]
         inside = path == point or path.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best):
-            best, kind = point, after.split()[0]
-    return kind
+            best, (kind, _, options) = point, after.split(maxsplit=2)
+    return best, kind, options.split(",")
 
 
 def _machine_memory() -> Room | None:
