@@ -42,6 +42,13 @@ def test_a_file_that_changed_is_never_served(image: Image, change: object) -> No
     assert caught.value.file == "model.safetensors"
 
 
+def test_a_folder_in_whose_place_a_file_is_has_changed(image: Image) -> None:
+    image.folder.rename(image.folder.with_name("away"))
+    image.folder.write_text("a file")
+    with pytest.raises(FolderChanged):
+        BucketReader().read_range(image, weights(image), 0, 8)
+
+
 def test_a_change_of_one_file_does_not_stop_the_others(image: Image) -> None:
     (image.folder / "config.json").write_text("changed")
     assert len(BucketReader().read_range(image, weights(image), 0, 8)) == 8

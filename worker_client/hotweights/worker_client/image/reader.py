@@ -31,7 +31,7 @@ class BucketReader:
                 # Of the open file: its path may lead to another by now. After reading: it covers both.
                 if stamp_of(file) != image.stamps[file_index]:
                     raise FolderChanged(image.folder, name)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
             raise FolderChanged(image.folder, name) from None
         except OSError as error:
             if error.errno == errno.ELOOP:

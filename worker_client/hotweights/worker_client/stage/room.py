@@ -51,7 +51,7 @@ def _mount_of(folder: Path) -> tuple[str, str, list[str]]:
         point = fields.split()[4]
         inside = path == point or path.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best):
-            best, (kind, _, options) = point, after.split(maxsplit=2)
+            best, (kind, *_, options) = point, after.split()
     return best, kind, options.split(",")
 
 
