@@ -65,7 +65,7 @@ class Coordinator:
             self._bind()
             self._add_services()
             await self._server.start()
-        except BaseException:
+        except BaseException:  # cancelled too; raised on
             await self.runtime.stop()
             raise
         if self._tokens is not None and self._gate is not None:

@@ -188,7 +188,7 @@ class TcpTransport:
             listener.listen(BACKLOG)
             bound = listener.getsockname()[1]
             address = _advertised(advertise, host, bound)
-        except BaseException:
+        except BaseException:  # whatever it is, the port is free again; raised on
             listener.close()
             raise
         return TcpServer(
@@ -236,7 +236,7 @@ async def _dial(address: str, token: bytes, tls: Tls | None) -> tuple[Line, fram
             sock.close()
             error = failed
             continue
-        except BaseException:
+        except BaseException:  # cancelled too; raised on
             sock.close()
             raise
         return await _greet(sock, host, address, token, tls)
@@ -257,7 +257,7 @@ async def _greet(
             why, text = frames.parse_refused(body)
             raise TlsFailed(address, text) if why is frames.Why.TLS else PeerGone(address, text)
         can = frames.parse_welcome(kind, body)
-    except BaseException:
+    except BaseException:  # cancelled too; raised on
         sock.close()
         raise
     return line, can

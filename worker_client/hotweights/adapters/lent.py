@@ -72,7 +72,7 @@ class LentImage:
         try:
             for memory in memories:
                 self._open(memory, image, device)
-        except BaseException:
+        except BaseException:  # whatever it is, nothing stays mapped; raised on
             self.close()
             raise
 

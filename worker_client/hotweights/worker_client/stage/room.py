@@ -35,7 +35,7 @@ def measure_room(folder: Path, *, used_bytes: int = 0, quota_bytes: int | None =
 def small_pages(folder: Path) -> str:
     """The mount point of the tmpfs that `folder` is on, if it gives files no huge pages; else empty.
 
-    Taking, mapping and freeing memory by 4 KiB is nearly half of what a node does with an image that comes.
+    Taking, mapping and freeing memory by 4 KiB is much of what a node does with an image (benchmarks.transfer).
     """
     if sys.platform != "linux":
         return ""
