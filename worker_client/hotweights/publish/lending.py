@@ -10,7 +10,6 @@ is proven against the published image all the same. Other nodes, and engines tha
 import asyncio
 import atexit
 import logging
-import secrets
 import threading
 import time
 from collections import defaultdict
@@ -26,11 +25,10 @@ from hotweights.wire.errors import HotweightsError
 from hotweights.worker_client.agent_client import connect_or_start
 from hotweights.worker_client.config import Config
 from hotweights.worker_client.image.headers import TensorSpan, read_header
+from hotweights.worker_client.image.layout import Layout
 
 log = logging.getLogger(__name__)
 
-SEAL_BYTES = 64
-ALIGNED_BYTES = 256
 LEASE_S_MAX = 3600.0
 START_DEADLINE_S = 60.0
 END_DEADLINE_S = 10.0
@@ -67,40 +65,29 @@ class DeviceCopy:
 def _copied(
     ordinal: int, spans: list[TensorSpan], state: Mapping[str, Any], file: str
 ) -> tuple[cuda_ipc.Lent, pb.DeviceMemory]:
-    """Tensors that lie one after the other in the file do so here."""
     uuids = {at: name for name, at in cuda_ipc.devices().items()}
-    told = pb.DeviceMemory(device_uuid=uuids[ordinal], seal=secrets.token_bytes(SEAL_BYTES))
-    end = SEAL_BYTES
-    for span in spans:
-        last = told.ranges[-1] if told.ranges else None
-        if last is not None and last.file_offset + last.size_bytes == span.offset:
-            last.size_bytes += span.size_bytes
-        else:
-            # As far from an aligned address as the file has it from its beginning, which is as far as its types need.
-            start = -(-end // ALIGNED_BYTES) * ALIGNED_BYTES + span.offset % ALIGNED_BYTES
-            last = told.ranges.add(file=file, file_offset=span.offset, memory_offset=start, size_bytes=span.size_bytes)
-        end = last.memory_offset + last.size_bytes
-    memory = cuda_ipc.Lent(ordinal, end)
+    layout = Layout(uuids[ordinal])
+    places = [layout.add(file, span.offset, span.size_bytes) for span in spans]
+    memory = cuda_ipc.Lent(ordinal, layout.size_bytes)
     try:
-        memory.write(0, told.seal)
+        memory.write(0, layout.told.seal)
         cuda_ipc.synchronize(ordinal)  # whatever streams they are written on
-        for span in spans:
+        for span, place in zip(spans, places, strict=True):
             tensor = state[span.name].detach()
             if not tensor.is_contiguous():
                 tensor = tensor.contiguous()
                 cuda_ipc.synchronize(ordinal)
             if tensor.nbytes != span.size_bytes:
                 raise TransportError(f"{span.name} has {tensor.nbytes} bytes, {span.size_bytes} in the file")
-            part = next(one for one in told.ranges if 0 <= span.offset - one.file_offset < one.size_bytes)
-            memory.copy(part.memory_offset + span.offset - part.file_offset, tensor.data_ptr(), span.size_bytes)
+            memory.copy(place, tensor.data_ptr(), span.size_bytes)
             if tensor.data_ptr() != state[span.name].data_ptr():  # it goes
                 cuda_ipc.synchronize(ordinal)
         cuda_ipc.synchronize(ordinal)
     except BaseException:
         memory.close()
         raise
-    told.handle = memory.handle
-    return memory, told
+    layout.told.handle = memory.handle
+    return memory, layout.told
 
 
 def _is_on_gpu(tensor: Any) -> bool:
