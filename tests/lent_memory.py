@@ -6,6 +6,7 @@ Handles are names of files, opened anew by whoever borrows, so that what was fre
 import ctypes
 import mmap
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,7 @@ class Memory:
     def read(self, offset: int, size: int) -> bytes:
         return self._mapped[offset : offset + size]
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes | memoryview) -> None:
         self._mapped[offset : offset + len(data)] = data
 
     def as_array(self, offset: int, size: int) -> torch.Tensor:
@@ -86,11 +87,21 @@ class OnGpu:
         return self._tensor.nbytes
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Publishers lend this memory, and ranks borrow it and write like those on a device."""
+def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, free_bytes: Sequence[int] = (1 << 30,)) -> list[str]:
+    """Publishers and agents lend this memory, and ranks borrow it and write like those on a device.
+
+    The UUIDs of the GPUs, of which each has so much that is free.
+    """
     Memory.folder = folder
-    driver: dict[str, Any] = {"Lent": Lent, "devices": lambda: {DEVICE: 0}, "synchronize": lambda ordinal: None}
+    names = [f"{DEVICE[:-1]}{number}" for number in range(len(free_bytes))]
+    driver: dict[str, Any] = {
+        "Lent": Lent,
+        "devices": lambda: {name: number for number, name in enumerate(names)},
+        "synchronize": lambda ordinal: None,
+        "free_bytes": free_bytes.__getitem__,
+    }
     for name, double in driver.items():
-        monkeypatch.setattr(f"hotweights.publish.lending.cuda_ipc.{name}", double)
+        monkeypatch.setattr(f"hotweights.transports.cuda_ipc.{name}", double)
     monkeypatch.setattr("hotweights.adapters.lent.open_memory", lambda device, handle, reader: Memory(handle))
     monkeypatch.setattr("hotweights.adapters.update.is_on_host", lambda storage: False)
+    return names

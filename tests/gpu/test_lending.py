@@ -1,4 +1,4 @@
-"""A trainer on a real GPU lends its weights, through a real agent, to a rank on it: three processes."""
+"""On a real GPU a trainer lends its weights, or an agent an image, to a rank: processes of their own."""
 
 import asyncio
 import importlib.util
@@ -19,8 +19,10 @@ from hotweights.adapters.rank import Rank  # noqa: E402
 from hotweights.adapters.torch_module import same_as_folder  # noqa: E402
 from hotweights.coordinator.config import Config as CoordinatorConfig  # noqa: E402
 from hotweights.coordinator.server import Coordinator  # noqa: E402
+from hotweights.v1 import agent_service_pb2 as pb  # noqa: E402
 from hotweights.wire.endpoint import parse_endpoint  # noqa: E402
-from hotweights.worker_client.agent_client import AgentClient  # noqa: E402
+from hotweights.worker_client.agent.lending import LATER_S  # noqa: E402
+from hotweights.worker_client.agent_client import AgentClient, connect_or_start  # noqa: E402
 from hotweights.worker_client.config import Config  # noqa: E402
 from hotweights.worker_client.window.prepare import _plain  # noqa: E402
 
@@ -97,4 +99,51 @@ async def test_a_rank_takes_what_a_trainer_lends_and_the_trainer_gets_its_memory
     assert until(rank.release)
     await engine.return_image(digest, "replica-0")
     assert (await asyncio.to_thread(trainer.stdout.readline)).strip() == "True"
+    await engine.close()
+
+
+@pytest.fixture
+def lending_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
+    """In a process of its own: CUDA opens no handle where it was made."""
+    config = a_config(tmp_path_factory.mktemp("n"), "a", HOTWEIGHTS_USE_IPC_AGENT="1", HOTWEIGHTS_LEND_GPUS="all")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hotweights.cli", "agent", "--auto"], env={**os.environ, **config.as_environ()}
+    )
+    yield config
+    process.terminate()
+    assert process.wait(timeout=60) == 0
+
+
+async def borrow(engine: AgentClient, digest: bytes) -> pb.BorrowImageResponse:
+    while (found := await engine.borrow_image(digest, "replica-0")).coming:
+        pass
+    return found
+
+
+async def test_a_rank_takes_what_an_agent_lends_and_what_was_returned_is_freed(
+    lending_agent: Config, rank: Rank, tmp_path: Path
+) -> None:
+    image = an_image(tmp_path / "v2", 2, WIDTH)
+    engine = await connect_or_start(lending_agent)
+    digest = await engine.identify_folder(image)
+    await engine.stage(digest)
+    folder = await engine.map_image(digest, "replica-0")
+    seals: set[bytes] = set()
+    for _ in range(2):
+        borrowed = await borrow(engine, digest)
+        (memory,) = borrowed.memories
+        assert memory.seal not in seals, "it was uploaded anew"
+        seals.add(memory.seal)
+        lent = {"left_s": borrowed.left_s, "memories": [_plain(memory)]}
+        held = await asyncio.to_thread(prepared, rank, folder, tmp_path / "v1", lent=lent)
+        assert held.made.routes.sources == (f"cuda-ipc: 32 MiB of {memory.device_uuid} of another process",)
+        rank.apply(folder)
+        rank.prove_written()
+        assert same_as_folder(rank.model, folder, {})
+        rank.undo()
+        rank.prove_undone()
+        assert same_as_folder(rank.model, tmp_path / "v1", {})
+        assert until(rank.release)
+        await engine.return_image(digest, "replica-0")
+        await asyncio.sleep(LATER_S + 1)
     await engine.close()

@@ -59,6 +59,8 @@ def test_settings_of_ucx_are_passed_on_by_its_own_names_and_to_children() -> Non
         ("HOTWEIGHTS_TRANSPORT", "rdma", "auto, tcp, ucx or mpi"),
         ("HOTWEIGHTS_CONNECTIONS", "9", "from 1 to 8"),
         ("HOTWEIGHTS_NICE", "20", "from 0 to 19"),
+        ("HOTWEIGHTS_LEND_GPUS", "0,1", "takes all, or UUIDs as nvidia-smi -L writes them"),
+        ("HOTWEIGHTS_LEND_GPUS", "all,GPU-00000000-0000-0000-0000-000000000000", "takes all, or UUIDs"),
     ],
 )
 def test_what_an_agent_cannot_take_is_refused_with_what_it_takes(name: str, value: str, wanted: str) -> None:

@@ -146,12 +146,14 @@ class BorrowImageRequest(_message.Message):
     def __init__(self, manifest_digest: _Optional[bytes] = ..., client_id: _Optional[str] = ...) -> None: ...
 
 class BorrowImageResponse(_message.Message):
-    __slots__ = ("memories", "left_s")
+    __slots__ = ("memories", "left_s", "coming")
     MEMORIES_FIELD_NUMBER: _ClassVar[int]
     LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    COMING_FIELD_NUMBER: _ClassVar[int]
     memories: _containers.RepeatedCompositeFieldContainer[DeviceMemory]
     left_s: float
-    def __init__(self, memories: _Optional[_Iterable[_Union[DeviceMemory, _Mapping]]] = ..., left_s: _Optional[float] = ...) -> None: ...
+    coming: bool
+    def __init__(self, memories: _Optional[_Iterable[_Union[DeviceMemory, _Mapping]]] = ..., left_s: _Optional[float] = ..., coming: bool = ...) -> None: ...
 
 class ReturnImageRequest(_message.Message):
     __slots__ = ("manifest_digest", "client_id")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes.util
 import importlib.util
 import os
 import signal
@@ -198,3 +199,13 @@ async def test_an_agent_that_cannot_start_is_reported_with_its_own_words(
     config = a_config(home, "a", HOTWEIGHTS_LISTEN="0.0.0.0:0")
     with pytest.raises(Unreachable, match="HOTWEIGHTS_ADVERTISE"):
         await connect_or_start(config)
+
+
+@pytest.mark.skipif(ctypes.util.find_library("cuda") is not None, reason="there is a CUDA driver here")
+def test_an_agent_that_is_to_lend_gpu_memory_where_there_is_none_says_so(home: Path) -> None:
+    settings = {**os.environ, **a_config(home, "a").as_environ()}
+    command = [sys.executable, "-m", "hotweights.cli", "agent", "--lend-gpus", "all"]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=END_S)
+    assert done.returncode == 2
+    assert done.stderr.startswith("hotweights: HOTWEIGHTS_LEND_GPUS='all': there is no CUDA driver here: ")
+    assert done.stderr.count("\n") == 1

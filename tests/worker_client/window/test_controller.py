@@ -287,6 +287,24 @@ async def test_what_was_lent_for_an_image_that_the_ranks_refuse_goes_back(bench:
     assert bench.agent.borrowed == []
 
 
+@pytest.mark.parametrize("coming", [3, 10**9])
+async def test_what_the_agent_is_uploading_is_waited_for_but_not_for_ever(
+    bench: Bench, coming: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lends(bench)
+    found, asked = bench.agent.borrow_image, []
+
+    async def later(digest: bytes, client_id: str) -> BorrowImageResponse:
+        asked.append(digest)
+        return BorrowImageResponse(coming=True) if len(asked) <= coming else await found(digest, client_id)
+
+    bench.agent.borrow_image = later  # type: ignore[method-assign]
+    monkeypatch.setattr("hotweights.worker_client.window.prepare.BORROW_SHARE", 0.01)
+    assert (await bench.prepare(V2)).WhichOneof("event") == "prepared"
+    assert len(asked) > 3
+    assert bool(bench.engine.lent) == (coming == 3)
+
+
 async def test_an_agent_that_cannot_say_what_is_lent_is_no_obstacle(bench: Bench) -> None:
     async def unknown(digest: bytes, client_id: str) -> BorrowImageResponse:
         raise Refused(grpc.StatusCode.UNIMPLEMENTED, "", "an agent of a version before")

@@ -63,7 +63,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuMemGetAddressRange_v2": (_OUT, _OUT, _ADDRESS),
     "cuMemsetD8_v2": (_ADDRESS, ctypes.c_ubyte, ctypes.c_size_t),
     "cuMemcpyDtoD_v2": (_ADDRESS, _ADDRESS, ctypes.c_size_t),
-    "cuMemcpyHtoD_v2": (_ADDRESS, ctypes.c_char_p, ctypes.c_size_t),
+    "cuMemcpyHtoD_v2": (_ADDRESS, ctypes.c_void_p, ctypes.c_size_t),
     "cuMemcpyDtoH_v2": (ctypes.c_void_p, _ADDRESS, ctypes.c_size_t),
     "cuIpcGetMemHandle": (_OUT, _ADDRESS),
     "cuIpcOpenMemHandle_v2": (_OUT, _Handle, ctypes.c_uint),
@@ -200,11 +200,12 @@ class Lent(_Memory):
                 raise
         self.handle = bytes(handle.data)
 
-    def write(self, offset: int, data: bytes) -> None:
-        """From the host. Raises CudaError."""
-        driver, at = _driver(), self._at(offset, len(data))
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """From the host; a memoryview is of writable, contiguous bytes. Raises CudaError."""
+        driver, at, size = _driver(), self._at(offset, len(data)), len(data)
+        source = data if isinstance(data, bytes) else (ctypes.c_ubyte * size).from_buffer(data)
         with driver.on(self.ordinal):
-            driver.call("writing GPU memory", "cuMemcpyHtoD_v2", at, data, len(data))
+            driver.call("writing GPU memory", "cuMemcpyHtoD_v2", at, source, size)
 
     def copy(self, offset: int, source: int, size: int) -> None:
         """From an address of the same GPU; done when `synchronize` returns. Raises CudaError."""

@@ -31,6 +31,9 @@ def add_commands(commands: "Subparsers[argparse.ArgumentParser]") -> None:
     parser.add_argument(
         "--bandwidth-max", metavar="RATE", help="send, and fetch, at most so many bytes a second: 200MB (default: all)"
     )
+    parser.add_argument(
+        "--lend-gpus", metavar="GPUS", help="lend images to this node's ranks in memory of these GPUs: all, or UUIDs"
+    )
     parser.add_argument("--auto", action="store_true", help="end when nobody has needed it for HOTWEIGHTS_AGENT_IDLE_S")
 
 
@@ -52,6 +55,7 @@ def agent(arguments: argparse.Namespace) -> int:
         max_images=arguments.max_images,
         bucket_bytes=arguments.bucket_bytes,
         bandwidth_max=arguments.bandwidth_max,
+        lend_gpus=arguments.lend_gpus,
     )
     if arguments.auto and arguments.endpoint is None and not _endpoint_is_set():
         config = dataclasses.replace(config, endpoint=None)

@@ -69,6 +69,7 @@ SETTINGS = (
     Setting(
         "HOTWEIGHTS_USE_IPC_AGENT", "0", "1: GPU memory is lent and borrowed within the node; sets `hotweights_agent`"
     ),
+    Setting("HOTWEIGHTS_LEND_GPUS", "", "GPUs in whose memory the agent lends images: all, or UUIDs by commas"),
     Setting("HOTWEIGHTS_ADOPT_CLUSTER", "0", "1 follows a coordinator whose store was replaced"),
     Setting("HOTWEIGHTS_ROUTE", "auto", "auto, direct, assembled or reload: how weights get into an engine"),
     Setting("HOTWEIGHTS_DEVICE_BUDGET", "a quarter of what is free", "bytes of GPU memory for prepared writes, a rank"),
@@ -110,6 +111,7 @@ class Config:
     policy: str = ""
     name_map: Mapping[str, str] = field(default_factory=dict)
     use_ipc_agent: bool = False
+    lend_gpus: tuple[str, ...] = ()
     adopt_cluster: bool = False
     route: str = "auto"
     device_budget: int | None = None
@@ -163,6 +165,7 @@ class Config:
             "HOTWEIGHTS_AGENT_IDLE_S": str(self.agent_idle_s),
             "HOTWEIGHTS_POLICY": self.policy,
             "HOTWEIGHTS_NAME_MAP": pairs,
+            "HOTWEIGHTS_LEND_GPUS": ",".join(self.lend_gpus),
             "HOTWEIGHTS_ROUTE": self.route,
             "HOTWEIGHTS_DEVICE_BUDGET": "" if self.device_budget is None else str(self.device_budget),
             "HOTWEIGHTS_TORN": self.torn,
@@ -256,6 +259,13 @@ def _shared(text: str) -> tuple[Path, ...]:
     return folders
 
 
+def _gpus(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if names != ("all",) and not all(re.fullmatch("GPU-[0-9a-f-]{36}", name) for name in names):
+        raise BadSetting("HOTWEIGHTS_LEND_GPUS", text, "takes all, or UUIDs as nvidia-smi -L writes them: GPU-...")
+    return tuple(dict.fromkeys(names))
+
+
 def _route(text: str) -> str:
     if text not in ("auto", "direct", "assembled", "reload"):
         raise BadSetting("HOTWEIGHTS_ROUTE", text, "takes auto, direct, assembled or reload")
@@ -341,6 +351,7 @@ def load_config(environ: Mapping[str, str] | None = None) -> Config:
         policy=_policy(env.get("HOTWEIGHTS_POLICY", "")),
         name_map=_name_map(env.get("HOTWEIGHTS_NAME_MAP", "")),
         use_ipc_agent=env.get("HOTWEIGHTS_USE_IPC_AGENT", "").lower() in _TRUE,
+        lend_gpus=_gpus(env.get("HOTWEIGHTS_LEND_GPUS", "")),
         adopt_cluster=env.get("HOTWEIGHTS_ADOPT_CLUSTER", "").lower() in _TRUE,
         route=_route(env.get("HOTWEIGHTS_ROUTE") or "auto"),
         device_budget=_device_budget(env),

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from hotweights.worker_client.agent.images import Images
 from hotweights.worker_client.agent.lending import Lending
 from hotweights.worker_client.agent.orders import Orders
 from hotweights.worker_client.agent.peers import Peer
+from hotweights.worker_client.agent.uploads import Uploads
 from hotweights.worker_client.config import Config
 from hotweights.worker_client.session import Session
 from hotweights.worker_client.stage.errors import ImageAltered
@@ -41,7 +42,7 @@ class Agent:
     """One node's agent from `start` to `close`. Use from one event loop."""
 
     def __init__(self, config: Config, stage: Stage) -> None:
-        """Raises BadCertificate."""
+        """Raises BadCertificate, BadSetting."""
         self.config = config
         self.stage = stage
         self.folders = Folders(stage.root / "served.json", config.bucket_bytes, self._holdings_changed)
@@ -67,6 +68,7 @@ class Agent:
             connections=config.connections,
         )
         self.lending = Lending(stage.pins.clients)
+        self._uploads = Uploads(stage, self.lending, config.lend_gpus)
         self.coordinator: Coordinator | None = None
         self.session: Session | None = None
         self.used_at = time.monotonic()
@@ -105,6 +107,7 @@ class Agent:
         await asyncio.wait({self._foreseeing})
         if self._orders is not None:
             await self._orders.close()
+        await self._uploads.close()
         await self.images.close()
         await self.folders.close()
         await self.data.close()
@@ -197,13 +200,16 @@ class Agent:
                 manifest_digest=digest.hex(),
             )
 
-    def borrow_image(self, digest: bytes, client_id: str) -> tuple[Sequence[pb.DeviceMemory], float]:
-        """GPU memory of others that holds the image, and for how many seconds.
+    async def borrow_image(self, digest: bytes, client_id: str) -> pb.BorrowImageResponse:
+        """GPU memory that holds the image: of another process, else of this one, where it is to lend some.
 
         Raises Refused without a client's id, and where too many borrow.
         """
         _require_client(client_id)
-        return self.lending.borrow(digest, client_id)
+        if await self._uploads.is_coming(digest):
+            return pb.BorrowImageResponse(coming=True)
+        memories, left_s = self.lending.borrow(digest, client_id)
+        return pb.BorrowImageResponse(memories=memories, left_s=left_s)
 
     def return_image(self, digest: bytes, client_id: str) -> None:
         """Raises Refused without a client's id."""

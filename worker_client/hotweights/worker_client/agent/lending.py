@@ -57,9 +57,18 @@ class Lending:
         self._closing = False
         self._loans: dict[bytes, _Loan] = {}
 
-    async def lend(self, request: pb.LendImageRequest) -> AsyncIterator[int]:
-        """How many borrow it, whenever that changes, until it may be freed. Raises Refused."""
+    def lends(self, digest: bytes) -> bool:
+        """Whether an image can be borrowed."""
+        return digest in self._loans
+
+    async def lend(self, request: pb.LendImageRequest, *, is_wanted: bool = False) -> AsyncIterator[int]:
+        """How many borrow it, whenever that changes, until it may be freed. Raises Refused.
+
+        Of what `is_wanted` already, somebody is to borrow it within LATER_S.
+        """
         digest, loan = request.manifest_digest, self._loan(request)
+        if is_wanted:
+            loan.returned_at = self._clock()
         self._loans[digest] = loan
         log.info("image %s is lent in the memory of %s", digest.hex()[:12], _devices(loan))
         try:

@@ -86,8 +86,8 @@ class AgentServicer(rpc.AgentServiceServicer):
     async def BorrowImage(self, request: pb.BorrowImageRequest, context: Context) -> pb.BorrowImageResponse:
         async with statuses(context):
             with self._agent.in_use():
-                memories, left_s = self._agent.borrow_image(_digest(request.manifest_digest), request.client_id)
-        return pb.BorrowImageResponse(memories=memories, left_s=left_s)
+                response = await self._agent.borrow_image(_digest(request.manifest_digest), request.client_id)
+        return response
 
     async def ReturnImage(self, request: pb.ReturnImageRequest, context: Context) -> pb.ReturnImageResponse:
         async with statuses(context):

@@ -1,4 +1,4 @@
-"""Where parts of an image's files lie in GPU memory that is lent: behind a seal, together what is together in a file."""
+"""Where parts of an image's files lie in GPU memory that is lent: after a seal, together what is so in a file."""
 
 import secrets
 

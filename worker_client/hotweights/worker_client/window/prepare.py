@@ -24,6 +24,8 @@ RELEASE_DEADLINE_S = 60.0
 RELEASE_POLL_S = 0.1
 POLL_S = 0.02
 REASONS_MAX = 8
+BORROW_SHARE = 0.25
+"""Of the time there is to prepare: so long an upload into GPU memory is waited for."""
 
 
 class PrepareRefused(Exception):
@@ -116,7 +118,7 @@ class Preparing:
             "check_finite": check_finite,
             "base": str(base or ""),
             "anew": anew,
-            "lent": await self._borrow(digest),
+            "lent": await self._borrow(digest, deadline_s * BORROW_SHARE),
         }
         plain = str(folder), self._name_map, options
         answers = await call_ranks(self._engine, "hotweights_prepare", CALL_DEADLINE_S, *plain)
@@ -139,11 +141,18 @@ class Preparing:
         )
         return self.prepared
 
-    async def _borrow(self, digest: bytes) -> dict[str, Any]:
-        """GPU memory of this node that holds the image, as plain data; empty where there is none to be had."""
+    async def _borrow(self, digest: bytes, wait_s: float) -> dict[str, Any]:
+        """GPU memory of this node that holds the image, as plain data; empty where there is none to be had.
+
+        What is on its way there is waited for.
+        """
+        ends = self._clock() + wait_s
         try:
             agent = await self.agent()
             found = await within(CALL_DEADLINE_S, "the agent", agent.borrow_image(digest, self._replica_id))
+            while found.coming and self._clock() < ends:
+                await asyncio.sleep(POLL_S)
+                found = await within(CALL_DEADLINE_S, "the agent", agent.borrow_image(digest, self._replica_id))
         except (HotweightsError, Unanswered, OSError) as error:
             log.warning("values come from host memory: %s", error)
             return {}
