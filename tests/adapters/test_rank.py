@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.adapters.plain_worker import a_worker, an_image, prepared, until, weight
 
 from hotweights.adapters.fingerprint import fingerprint
@@ -221,3 +222,31 @@ def test_methods_answer_whatever_happens(worker: Any, images: list[Path]) -> Non
         lambda: (found := METHODS["hotweights_release"](worker, "c", {"retain": str(images[0])}))["ok"] and found
     )
     assert kept["retained"] is True
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("share", [0.01, 1.0])
+def test_a_checkpoint_that_is_cast_is_written_there_and_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_device: bool, share: float
+) -> None:
+    """All storages of a rank pass through the same memory while it prepares."""
+    monkeypatch.setattr("hotweights.adapters.update.is_on_host", lambda storage: not on_device)
+    torch.manual_seed(1)
+    values = {name: torch.randn(64, 64).bfloat16() for name in ("one.weight", "two.weight")}
+    for name in ("v1", "v2"):
+        (tmp_path / name).mkdir()
+        save_file(values, tmp_path / name / "model.safetensors")
+        for tensor in values.values():
+            tensor.view(-1)[torch.randperm(4096)[: int(4096 * share)]] += 1
+    rank = Rank(a_worker(tmp_path / "v1"))
+    before = fingerprint(rank.model)
+    held = prepared(rank, tmp_path / "v2", tmp_path / "v1")
+    assert held.made.routes.direct[0] == 2
+    rank.apply(tmp_path / "v2")
+    rank.prove_written()
+    written = load_file(tmp_path / "v2" / "model.safetensors")
+    assert all(torch.equal(rank.model.get_parameter(name), written[name].float()) for name in written)
+    assert fingerprint(rank.model) == held.expected
+    rank.undo()
+    rank.prove_undone()
+    assert fingerprint(rank.model) == before

@@ -8,6 +8,9 @@ import torch
 from hotweights.adapters.device_writes import DeviceElements, DeviceWhole, DeviceWrite, ReadBack, device_write
 from hotweights.adapters.placed import Budget
 from hotweights.adapters.writes import (
+    INDEX_BYTES,
+    LINE_BYTES,
+    RUNS,
     Elements,
     Function,
     Reversed,
@@ -245,3 +248,39 @@ def test_all_that_was_written_to_a_device_is_read_back_together_and_what_is_wron
     assert reader.reversed().differing(written=True) is None
     writes[2].write()
     assert reader.reversed().differing(written=True) == 2
+
+
+def cheapest(now: torch.Tensor, new: torch.Tensor) -> tuple[float, dict[int, list[int]]]:
+    """What the cheapest way costs, and the places by the length of a run; all of it has length 0."""
+    size, differs = now.element_size(), now != new
+    places = {run: differs.view(-1, run).any(1).nonzero().flatten().tolist() for run in RUNS if not len(differs) % run}
+    costs = {run: len(at) * (INDEX_BYTES + max(run * size, LINE_BYTES)) for run, at in places.items()}
+    return min([*costs.values(), now.nbytes]), places
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_difference_is_the_cheapest_and_right(seed: int) -> None:
+    torch.manual_seed(seed)
+    dtype = (torch.uint8, torch.int16, torch.int32, torch.int64)[seed % 4]
+    count = int(torch.randint(1, 5000, ())) if seed % 3 else int(torch.randint(1, 20, ())) * 256
+    now = torch.randint(0, 100, (count,)).to(dtype)
+    new = now.clone()
+    for _ in range(int(torch.randint(1, 6, ()))):
+        begin = int(torch.randint(0, count, ()))
+        new[begin : begin + int(torch.randint(1, max(2, count // 4), ())) : int(torch.randint(1, 40, ()))] += 1
+    found = difference(now.untyped_storage(), new.untyped_storage(), now.element_size())
+    assert found is not None
+    least, places = cheapest(now, new)
+    assert torch.equal(torch.from_numpy(found.now), now)
+    assert torch.equal(torch.from_numpy(found.to_be), new)
+    if found.run:
+        assert list(found.places) == places[found.run]
+        assert len(found.places) * (INDEX_BYTES + max(found.run * now.element_size(), LINE_BYTES)) == least
+    else:
+        assert least == now.nbytes
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 255, 256, 4096])
+def test_what_is_equal_has_no_difference(count: int) -> None:
+    now = torch.arange(count, dtype=torch.int16)
+    assert difference(now.untyped_storage(), now.clone().untyped_storage(), 2) is None

@@ -252,7 +252,7 @@ class DeviceWhole(DeviceWrite):
         budget: Budget,
         lent: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
     ) -> None:
-        """`live` is the storage on its device as bytes, `new` and `old` are bytes on the host.
+        """`live` is the storage on its device as bytes, `new` and `old` are bytes on the host, which are copied.
 
         `lent` are (view of the storage, device memory of others that it is to hold): then that is written, until
         `let_go`, but for what is left of whole blocks, and `new` takes none of the budget.
@@ -260,9 +260,10 @@ class DeviceWhole(DeviceWrite):
         self._live = live
         self._lent = list(lent) if self._whole_blocks else []
         self.is_lent = bool(self._lent)
-        self._rest = budget.placed(new[self._whole_blocks :], live.device) if self.is_lent else None
-        self._new = Placed(new, live.device, False) if self.is_lent else budget.placed(new, live.device)
-        self._old = budget.placed(old, live.device)
+        place = partial(budget.placed, device=live.device, lasts=False)
+        self._rest = place(new[self._whole_blocks :]) if self.is_lent else None
+        self._new = Placed(new, live.device, False, lasts=False) if self.is_lent else place(new)
+        self._old = place(old)
         self.new_bytes = new.nbytes
         self.new_sums, self.old_sums = (_sums_of(values, weighted=self.is_lent) for values in (new, old))
 
@@ -348,10 +349,10 @@ def device_write(
 
     `lent`, if all of it is to be written, is where from: see DeviceWhole. It must cover what differs.
     """
-    now, to_be = torch.from_numpy(found.now), torch.from_numpy(found.to_be)
     data = storage_bytes(live)
     if not found.run:
-        return DeviceWhole(data, to_be.view(torch.uint8), now.view(torch.uint8), budget, lent)
-    places = torch.from_numpy(found.places)
-    new, old = (values.view(-1, found.run)[places] for values in (to_be, now))
-    return DeviceElements(data.view(now.dtype).view(-1, found.run), places, new, old, budget)
+        new, old = (torch.from_numpy(values).view(torch.uint8) for values in (found.to_be, found.now))
+        return DeviceWhole(data, new, old, budget, lent)
+    chosen = (found.runs(values)[found.places].view(values.dtype) for values in (found.to_be, found.now))
+    new, old = (torch.from_numpy(values).view(-1, found.run) for values in chosen)
+    return DeviceElements(data.view(new.dtype).view(-1, found.run), torch.from_numpy(found.places), new, old, budget)

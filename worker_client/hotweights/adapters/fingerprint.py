@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from blake3 import blake3
 
+from hotweights.adapters.scratch import Scratch
+from hotweights.adapters.undo import storage_bytes
+
 PROBE_ROWS = 8
 
 
@@ -31,7 +34,17 @@ def combine(tensors: bytes, probe: "Probe") -> bytes:
 
 def digest_tensors(module: torch.nn.Module, *, threads: int = blake3.AUTO) -> bytes:
     """The part that reads memory; may run beside a serving engine."""
-    return combine_tensors({name: digest_tensor(name, t, threads=threads) for name, t in live_tensors(module)})
+    return combine_tensors(tensor_digests(module, threads=threads))
+
+
+def tensor_digests(module: torch.nn.Module, *, threads: int = blake3.AUTO) -> dict[str, bytes]:
+    """Of each of `live_tensors`."""
+    found: dict[str, bytes] = {}
+    scratch: Scratch | None = None
+    for name, tensor in live_tensors(module):
+        scratch = scratch or Scratch(tensor.device)
+        found[name] = digest_tensor(name, tensor, threads=threads, scratch=scratch)
+    return found
 
 
 def combine_tensors(digests: Mapping[str, bytes]) -> bytes:
@@ -39,11 +52,13 @@ def combine_tensors(digests: Mapping[str, bytes]) -> bytes:
     return blake3(b"".join(digests[name] for name in sorted(digests))).digest()
 
 
-def digest_tensor(name: str, tensor: torch.Tensor, *, threads: int = blake3.AUTO) -> bytes:
-    """Of one tensor under its name."""
+def digest_tensor(
+    name: str, tensor: torch.Tensor, *, threads: int = blake3.AUTO, scratch: Scratch | None = None
+) -> bytes:
+    """Of one tensor under its name. What lies on a device is copied by way of `scratch`."""
     hasher = blake3(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode(), max_threads=threads)
     if tensor.numel():
-        hasher.update(bytes_of(tensor))
+        hasher.update(bytes_of(tensor, scratch))
     return hasher.digest()
 
 
@@ -58,10 +73,17 @@ def live_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer
 
 
-def bytes_of(tensor: torch.Tensor) -> Any:
-    """The tensor's bytes as something with a buffer; on the host, without a copy where it is there already."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return flat.numpy()
+def bytes_of(tensor: torch.Tensor, scratch: Scratch | None = None) -> Any:
+    """The tensor's bytes as something with a buffer; on the host, without a copy where it is there already.
+
+    Those in `scratch` are good until something else is in it.
+    """
+    tensor = tensor.detach()
+    if scratch is not None and tensor.device.type != "cpu" and tensor.is_contiguous():
+        taken = storage_bytes(scratch.take(tensor.nbytes))
+        taken.view(tensor.dtype).view(tensor.shape).copy_(tensor)  # nothing but a copy runs on the device
+        return taken.numpy()
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def packed_layers(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, int]]:

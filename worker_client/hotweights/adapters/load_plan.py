@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hotweights.adapters.bits import same_bits
 from hotweights.adapters.components import DRAFT, Together
 from hotweights.adapters.twins import REGISTRIES, NoShadow, Twins
 
@@ -109,7 +110,7 @@ class LoadPlan:
             if fill.parameter in problems:
                 continue
             target = fill.put.of(live[fill.parameter].data)
-            if not _same_bits(torch.full_like(target, fill.value), target):
+            if not same_bits(torch.full_like(target, fill.value), target):
                 problems[fill.parameter] = f"holds something else than its padding of {fill.value:g}"
         return problems
 
@@ -117,7 +118,7 @@ class LoadPlan:
         """A tensor of the draft that has something else for a shared place than the target has; empty without one."""
         for of_draft, of_target in self.shared:
             one, other = (copy.take.of(image[copy.tensor]) for copy in (of_draft, of_target))
-            if one.dtype != other.dtype or not _same_bits(one, other):
+            if one.dtype != other.dtype or not same_bits(one, other):
                 return of_draft.tensor
         return ""
 
@@ -370,9 +371,4 @@ def _holds(target: torch.Tensor, source: torch.Tensor) -> bool:
     pieces = (
         zip(torch.split(target, rows), torch.split(source, rows), strict=True) if target.ndim else [(target, source)]
     )
-    return all(_same_bits(values.to(there.dtype).to(there.device), there) for there, values in pieces)
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    one, other = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
-    return torch.equal(one, other)
+    return all(same_bits(values.to(there.dtype).to(there.device), there) for there, values in pieces)

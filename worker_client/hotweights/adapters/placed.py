@@ -16,29 +16,41 @@ IN_PLACE_BYTES = 33 << 20
 and a page is pinned once."""
 
 
+class Pin:
+    """Memory that is pinned where it lies, as long as this is there."""
+
+    def __init__(self, memory: torch.Tensor, runtime: Any) -> None:
+        """Of memory that `runtime` has just pinned."""
+        self._memory, self._unpin = memory, runtime.cudaHostUnregister
+
+    def __del__(self) -> None:
+        self._unpin(self._memory.data_ptr())
+
+
+def pin_in_place(host: torch.Tensor) -> Pin | None:
+    """None where that cannot be."""
+    if host.nbytes < IN_PLACE_BYTES or not host.is_contiguous():
+        return None
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):  # a page of it is pinned for another
+        return None
+    return Pin(host, runtime)
+
+
 class Placed:
     """Values for a device: on it, or in pinned memory of the host; the device reads both by itself."""
 
-    def __init__(self, host: torch.Tensor, device: torch.device, on_device: bool) -> None:
-        self._unpin = None
-        self.tensor = host
+    def __init__(self, host: torch.Tensor, device: torch.device, on_device: bool, *, lasts: bool = True) -> None:
+        """`lasts` says that `host` stays as it is, so that it need not be copied."""
+        self._pin = None
         if on_device:
-            self.tensor = host.to(device)
-        elif device.type == "cuda" and not self._pin(host):
-            self.tensor = host.pin_memory()
-
-    def _pin(self, host: torch.Tensor) -> bool:
-        if host.nbytes < IN_PLACE_BYTES or not host.is_contiguous():
-            return False
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):  # a page of it is pinned for another
-            return False
-        self._unpin = runtime.cudaHostUnregister
-        return True
-
-    def __del__(self) -> None:
-        if self._unpin is not None:
-            self._unpin(self.tensor.data_ptr())
+            self.tensor = host.to(device, copy=not lasts)
+            return
+        self.tensor = host if lasts else host.clone()
+        if device.type == "cuda":
+            self._pin = pin_in_place(self.tensor)
+            if self._pin is None:
+                self.tensor = self.tensor.pin_memory()
 
 
 class _Slot:
@@ -84,12 +96,12 @@ class Budget:
         self.left_bytes = left_bytes
         self._uploads: dict[torch.device, Uploads] = {}
 
-    def placed(self, host: torch.Tensor, device: torch.device) -> Placed:
-        """On the device if it fits, else pinned."""
+    def placed(self, host: torch.Tensor, device: torch.device, *, lasts: bool = True) -> Placed:
+        """On the device if it fits, else pinned. `lasts` as for Placed."""
         fits = host.nbytes <= self.left_bytes
         if fits:
             self.left_bytes -= host.nbytes
-        return Placed(host, device, fits)
+        return Placed(host, device, fits, lasts=lasts)
 
     def uploads(self, device: torch.device) -> Uploads | None:
         """For what does not fit; its own memory, 128 MiB, is beside the budget. None for what is no CUDA device."""

@@ -24,10 +24,9 @@ from hotweights.adapters.fingerprint import (
     Probe,
     combine,
     combine_tensors,
-    digest_tensor,
     digest_tensors,
-    live_tensors,
     packed_layers,
+    tensor_digests,
 )
 from hotweights.adapters.finite import check_finite as check_all_finite
 from hotweights.adapters.jobs import Job, quietly
@@ -226,7 +225,7 @@ class Rank:
 
     def _digests(self) -> dict[str, bytes]:
         """Of every tensor that the model holds now."""
-        return {name: digest_tensor(name, tensor, threads=1) for name, tensor in live_tensors(self.model)}
+        return tensor_digests(self.model, threads=1)
 
     def _served_specs(self) -> Mapping[str, TensorSpec] | None:
         """Tensors of the checkpoint that is served; None when the engine has none (dummy or streamed weights)."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hotweights.adapters.bits import same_bits
 from hotweights.adapters.direct import is_of_backend_base, reached
 from hotweights.adapters.experts import packed_experts
 from hotweights.adapters.mapped import MappedImage
@@ -68,7 +69,7 @@ class Shadow:
         for layer, twin in self._twins.of.items():
             if layer in self._of:
                 for live, new in _tensor_pairs(layer, twin):
-                    if not torch.equal(_as_bytes(live), _as_bytes(new)):
+                    if not same_bits(live, new):
                         return f"a tensor of {type(layer).__name__} of shape {list(live.shape)}"
         return ""
 
@@ -164,11 +165,6 @@ def _leads_out(value: Any, known: set[torch.nn.Module], depth: int = 3) -> bool:
     return isinstance(value, torch.nn.Parameter) or (isinstance(value, torch.nn.Module) and value not in known)
 
 
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Of equal values that differ in bits (zeros of both signs, NaN) the bits count."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
 def _changed_functions(
     layer: torch.nn.Module, initial: dict[str, Any], twin: torch.nn.Module, shadow_storages: set[int]
 ) -> Iterator[Repacked]:
@@ -189,7 +185,7 @@ def _same_value(before: Any, now: Any) -> bool:
     """Attention layers set their default scales anew."""
     if isinstance(before, torch.Tensor) and isinstance(now, torch.Tensor):
         same_kind = (before.dtype, before.shape, before.device) == (now.dtype, now.shape, now.device)
-        return same_kind and torch.equal(_as_bytes(before), _as_bytes(now))
+        return same_kind and same_bits(before, now)
     return type(before) is type(now) and isinstance(now, (bool, int, float, str)) and bool(before == now)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from hotweights.adapters.bits import same_bits
 from hotweights.adapters.fingerprint import fingerprint
 from hotweights.adapters.finite import check_finite as check_all_finite
 from hotweights.adapters.mapped import MappedImage, Mismatch, TensorSpec, check_specs, dtype_name
@@ -98,12 +99,6 @@ def same_as_folder(module: torch.nn.Module, folder: Path, name_map: Mapping[str,
     image = MappedImage(folder, name_map)
     try:
         live = module.state_dict()
-        return all(_same_bytes(live[name], tensor) for name, tensor in image)
+        return all(same_bits(live[name].cpu(), tensor) for name, tensor in image)
     finally:
         image.close()
-
-
-def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Of equal bits: NaN equals itself, and 0.0 does not equal -0.0."""
-    bits = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)]
-    return torch.equal(*bits)

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from hotweights.adapters.load_plan import Copy, LoadPlan, named_tensors
 from hotweights.adapters.mapped import MappedImage
 from hotweights.adapters.placed import Budget
 from hotweights.adapters.routes import AfterTensors, NotReproduced, Reload
+from hotweights.adapters.scratch import Scratch
 from hotweights.adapters.shadow import Shadow, beyond
 from hotweights.adapters.twins import NoShadow
 from hotweights.adapters.undo import ChangedSincePrepare, storage_bytes, storages_of
@@ -219,6 +221,8 @@ class Maker:
         self._live = named_tensors(self._model)
         self._names = _by_storage(dict(live_tensors(self._model)))
         self._after: dict[str, bytes] = {}
+        device = torch.device(getattr(worker, "device", "cpu"))
+        self._now, self._new = Scratch(device), Scratch(device)
         self._left: Collection[torch.nn.Module] = split.rest
         """What is left to the reload in the pause."""
 
@@ -332,17 +336,17 @@ class Maker:
     def _writes(self, assembled: Mapping[int, torch.UntypedStorage]) -> Iterator[Write]:
         copies = self._copies()
         for at, storage in storages_of(self._model.modules()).items():
+            if at not in assembled and at not in copies:
+                continue
+            on_host = is_on_host(storage)
+            now = storage if on_host else self._now.copy(storage)
             if at in assembled:
                 new = assembled[at]
                 pairs = [(storage_bytes(storage), storage_bytes(new))]
-            elif at in copies:
-                new, pairs = self._planned(storage, copies[at])
             else:
-                continue
+                new, pairs = self._planned(storage, now, copies[at])
             names = self._names.get(at, {})
             sizes = {tensor.element_size() for tensor in names.values()}
-            on_host = is_on_host(storage)
-            now = storage if on_host else storage_bytes(storage).to("cpu", copy=True).untyped_storage()
             found = difference(now, new, sizes.pop() if len(sizes) == 1 else 1)
             if found is not None:
                 for name, tensor in names.items():
@@ -362,15 +366,22 @@ class Maker:
                 found.setdefault(at, []).append(copy)
         return found
 
-    def _planned(self, storage: torch.UntypedStorage, copies: Sequence[Copy]) -> tuple[torch.UntypedStorage, Pairs]:
-        """What a storage is to hold, and where from all of it is to be written in the pause."""
-        new, image = storage_bytes(storage).to("cpu", copy=True).untyped_storage(), self._image.tensors
-        pairs: Pairs = []
-        for copy in copies:
-            live, source = self._live[copy.parameter].data, copy.take.of(image[copy.tensor])
+    def _planned(
+        self, storage: torch.UntypedStorage, now: torch.UntypedStorage, copies: Sequence[Copy]
+    ) -> tuple[torch.UntypedStorage, Pairs]:
+        """What a storage that holds `now` is to hold, and where from all of it is to be written in the pause."""
+        image = self._image.tensors
+        targets = [self._live[copy.parameter].data for copy in copies]
+        sources = [copy.take.of(image[copy.tensor]) for copy in copies]
+        pairs = [(copy.put.of(live), source) for copy, live, source in zip(copies, targets, sources, strict=True)]
+        is_cast = any(target.dtype != source.dtype for target, source in pairs)
+        into = Scratch(torch.device("cpu")) if is_cast else self._new  # what is written from must last
+        new = into.take(now.nbytes())
+        if not _are_all([target for target, _ in pairs], now.nbytes()):
+            storage_bytes(new).copy_(storage_bytes(now))
+        for copy, live, source in zip(copies, targets, sources, strict=True):
             copy.put.of(_moved(live, new)).copy_(source)
-            pairs.append((copy.put.of(live), source))
-        if any(target.dtype != source.dtype for target, source in pairs):
+        if is_cast:
             pairs = [(storage_bytes(storage), storage_bytes(new))]  # the pause is not for casting
         return new, pairs
 
@@ -443,6 +454,18 @@ def _moved(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
     """The same view of another storage."""
     place = tensor.storage_offset(), tensor.shape, tensor.stride()
     return torch.empty(0, dtype=tensor.dtype, device=storage.device).set_(storage, *place)
+
+
+def _are_all(views: Iterable[torch.Tensor], size: int) -> bool:
+    """Whether views of a storage of so many bytes leave nothing of it out."""
+    end = 0
+    for begin, view in sorted(
+        ((int(view.storage_offset()) * view.itemsize, view) for view in views), key=itemgetter(0)
+    ):
+        if begin > end or not view.is_contiguous():
+            return False
+        end = max(end, begin + view.nbytes)
+    return end == size
 
 
 def _sizes(model: torch.nn.Module) -> dict[int, int]:

@@ -26,6 +26,7 @@ LINE_BYTES = 16
 """What a place costs at least, however little is written there: memory moves by lines (64 bytes, read and written),
 and it is on places far apart that the pause is spent."""
 INDEX_BYTES = 8
+WORD_BYTES = 8
 AT_ONCE = 4096
 """Places that are written and then read back: so many lines stay in the nearest caches. Read later, each costs three
 times what writing it costs."""
@@ -208,7 +209,7 @@ class Difference:
     places: Array
     now: Array
     to_be: Array
-    """Both storages whole, as integers of the values' size."""
+    """Both storages whole, as integers of the values' size; where they lie, something else may come to be."""
 
     def runs(self, values: Array) -> Array:
         """Values by places: an array of them, or of whole runs."""
@@ -218,19 +219,48 @@ class Difference:
 def difference(now: torch.UntypedStorage, to_be: torch.UntypedStorage, itemsize: int) -> Difference | None:
     """Of two storages in host memory; None when they are equal. `itemsize` is a value's bytes."""
     one, other = (_values(storage, itemsize) for storage in (now, to_be))
-    differs = one != other
-    count = int(np.count_nonzero(differs))
+    in_word = WORD_BYTES // one.itemsize
+    end = len(one) - len(one) % in_word  # of whole words
+    words, others = (values[:end].view(np.int64) for values in (one, other))
+    differs = words != others
+    beyond = np.flatnonzero(one[end:] != other[end:]) + end
+    count = int(np.count_nonzero(differs)) + len(beyond)
     if not count:
         return None
-    costs = {1: count * (INDEX_BYTES + max(itemsize, LINE_BYTES))}
-    for run in RUNS[1:]:
-        if not len(differs) % run:
-            runs = int(np.count_nonzero(differs.reshape(-1, run).any(1)))
-            costs[run] = runs * (INDEX_BYTES + max(run * itemsize, LINE_BYTES))
-    run = min(costs, key=lambda length: costs[length])
-    if costs[run] >= one.nbytes:
+    # Where there are runs, nothing is beyond the words.
+    by_run = {run: _any(differs, run // in_word) for run in RUNS[1:] if not len(one) % run}
+    costs = {run: int(np.count_nonzero(found)) * _cost(run * one.itemsize) for run, found in by_run.items()}
+    places: Array = None
+    if count * _cost(one.itemsize) < min((one.nbytes, *costs.values())):  # in each of these words one value at least
+        places = np.concatenate((_places(words, others, differs, one.dtype), beyond))
+        costs[1] = len(places) * _cost(one.itemsize)
+    run = min(costs, key=lambda length: costs[length], default=0)
+    if not run or costs[run] >= one.nbytes:
         return Difference(0, None, one, other)
-    return Difference(run, np.flatnonzero(differs.reshape(-1, run).any(1)), one, other)
+    return Difference(run, places if run == 1 else np.flatnonzero(by_run[run]), one, other)
+
+
+def _cost(size: int) -> int:
+    """Of so many bytes that are written at a place."""
+    return INDEX_BYTES + max(size, LINE_BYTES)
+
+
+def _any(differs: Array, times: int) -> Array:
+    """Whether one of so many is true, of each of those that follow one another. `times` is a power of two."""
+    while times > 1:
+        step = min(times, WORD_BYTES)
+        differs = differs.view(f"u{step}") != 0
+        times //= step
+    return differs
+
+
+def _places(words: Array, others: Array, differs: Array, kind: Any) -> Array:
+    """Of the values that differ, where only few words do: those alone are looked at again."""
+    at = np.flatnonzero(differs)
+    found = np.flatnonzero((words[at] ^ others[at]).view(kind) != 0)
+    in_word = WORD_BYTES // kind.itemsize
+    shift = in_word.bit_length() - 1
+    return (at[found >> shift] << shift) | (found & (in_word - 1))
 
 
 def host_write(
