@@ -8,10 +8,9 @@ import torch
 from hotweights.adapters.vllm_extension import HotweightsWorkerExtension
 
 if os.environ.get("TEST_PLAIN_LINEAR"):
-    # As on a CPU without AVX-512: linear layers keep their weights, nothing is packed.
-    import vllm._custom_ops
+    from tests.plain_linear import keep_plain
 
-    vllm._custom_ops._supports_onednn = False
+    keep_plain()
 
 
 class FailpointExtension(HotweightsWorkerExtension):

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from tests import warm
+from tests.plain_linear import keep_plain
 
 from hotweights.adapters.fingerprint import fingerprint
 from hotweights.adapters.rank import Rank
@@ -102,7 +103,6 @@ def say(architecture: str, rank: int, found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    import vllm._custom_ops
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
@@ -110,7 +110,7 @@ def main() -> None:
 
     warm.look_at_classes_here()
     gc.freeze()  # vLLM collects garbage with each model: what is imported is none
-    vllm._custom_ops._supports_onednn = False
+    keep_plain()
     torch.accelerator.empty_cache = lambda: None  # of a device, which is not there
     folder, *names = sys.argv[1:]
     os.environ["VLLM_DIST_IDENT"] = f"model-swaps-{os.environ['MASTER_PORT']}"  # as vLLM's executor does it

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from hotweights.adapters.direct import split
 from hotweights.adapters.mapped import MappedImage
 from hotweights.adapters.plans import Plans
+from hotweights.adapters.routes import NotReproduced, Reload
 
 pytestmark = [
     pytest.mark.vllm,
@@ -305,3 +306,33 @@ def test_a_loader_that_leads_to_what_serves_is_not_recorded(image: MappedImage) 
     assert torch.equal(model.one.weight, before)
     (reason,) = {*plans.split(model, image, image, b"v1").reasons.values()}
     assert "leads to tensors that serve" in reason
+
+
+class UnquantizedLinearMethod:
+    """By vLLM's name for it."""
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_weight_that_something_else_took_is_not_reloaded(packs: bool) -> None:
+    """As vLLM's latent attention takes it on a CPU with AMX; there a linear layer's own function has it otherwise."""
+    packed, layer = torch.randn(6, 4), Leaf(0)
+    layer.__dict__["quant_method"] = UnquantizedLinearMethod()
+    layer.__dict__["cpu_linear"] = (lambda x: x @ packed) if packs else torch.nn.functional.linear
+    model = torch.nn.Sequential(layer)
+    worker = SimpleNamespace(model_runner=SimpleNamespace(get_model=lambda: model))
+
+    def reload() -> Reload:
+        return Reload(worker, None, [layer], None, whole=True, must=[layer], base=None)  # type: ignore[arg-type]
+
+    if packs:
+        assert reload().is_undone()
+    else:
+        with pytest.raises(NotReproduced, match="something took the weight of a Leaf after it was loaded"):
+            reload()
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_layer_that_computes_from_a_packed_tensor_is_packed(model: Model, image: MappedImage, packs: bool) -> None:
+    packed = torch.randn(6, 4)
+    model.one.__dict__["cpu_linear"] = (lambda x: x @ packed) if packs else (lambda x: x)
+    assert direct(model, image)[1] == ({"one": "its weights are packed for this CPU"} if packs else {})

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hotweights.adapters.fingerprint import is_packed
 from hotweights.adapters.load_plan import LoadPlan, named_tensors
 from hotweights.adapters.twins import REGISTRIES
 from hotweights.adapters.undo import storages_of
@@ -143,7 +144,7 @@ def _kept_beside(module: torch.nn.Module, serving: set[int]) -> str:
     if method is not None and type(method).__name__ not in _PLAIN_METHODS:
         return f"its weights are processed by {type(method).__name__}"
     own = {name: value for name, value in module.__dict__.items() if name not in REGISTRIES}
-    if any(not isinstance(thing, torch.Tensor) for thing in _held(own)):
+    if is_packed(module) or any(not isinstance(thing, torch.Tensor) for thing in _held(own)):
         return "its weights are packed for this CPU"
     kept = next(_strangers(own, serving), "")
     return f"it keeps {kept} beside its parameters" if kept else ""

@@ -89,12 +89,19 @@ def bytes_of(tensor: torch.Tensor, scratch: Scratch | None = None) -> Any:
 def packed_layers(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, int]]:
     """Layers that compute from packed memory: (name, layer, width of their input)."""
     for name, layer in sorted(module.named_modules()):
-        # Packed memory is what the closure captured; a function that captured nothing uses layer.weight.
-        if getattr(layer.__dict__.get("cpu_linear"), "__closure__", None) is None:
+        if not is_packed(layer):
             continue
         width = _input_width(layer)
         if width:
             yield name, layer, width
+
+
+def is_packed(layer: torch.nn.Module) -> bool:
+    """Whether it computes from packed memory: what its function captured, of oneDNN or, with AMX, a tensor.
+
+    A function that captured nothing uses `layer.weight`.
+    """
+    return getattr(layer.__dict__.get("cpu_linear"), "__closure__", None) is not None
 
 
 def _input_width(layer: torch.nn.Module) -> int:

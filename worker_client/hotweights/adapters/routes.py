@@ -11,7 +11,7 @@ import torch
 
 from hotweights.adapters.components import model_of
 from hotweights.adapters.experts import packed_experts
-from hotweights.adapters.fingerprint import digest_tensor
+from hotweights.adapters.fingerprint import digest_tensor, is_packed
 from hotweights.adapters.mapped import MappedImage
 from hotweights.adapters.undo import Copies, Snapshot, objects_of
 
@@ -50,6 +50,11 @@ class Reload:
         for layer in layers:
             if packed_experts(layer) is not None:
                 raise NotReproduced(f"the experts of {type(layer).__name__} are packed, which a reload does not do")
+            if _gave_away(layer):
+                raise NotReproduced(
+                    f"something took the weight of a {type(layer).__name__} after it was loaded, as latent attention "
+                    "does on a CPU with AMX, and a reload would not give it there"
+                )
         for thing in objects_of(layers):
             # Packed from tensors that the reload drops: what computes with it would read freed memory (seen on 0.32).
             if any(type(value).__name__ == "CPUDNNLGEMMHandler" for value in vars(thing).values()):
@@ -124,6 +129,16 @@ class _Only:
 
     def modules(self) -> Iterator[torch.nn.Module]:
         return iter(self._layers)
+
+
+def _gave_away(layer: torch.nn.Module) -> bool:
+    """Whether an unquantised layer has an empty weight, and has not packed it for itself (seen on 0.32).
+
+    vLLM's reload puts a whole weight into the place of the empty one, and fails.
+    """
+    weight = layer._parameters.get("weight")
+    is_plain = type(getattr(layer, "quant_method", None)).__name__ == "UnquantizedLinearMethod"
+    return is_plain and weight is not None and not weight.numel() and not is_packed(layer)
 
 
 @torch.no_grad()
