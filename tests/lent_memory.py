@@ -50,6 +50,7 @@ class Lent(Memory):
         name = secrets.token_hex(8)
         (self.folder / name).write_bytes(bytes(size))
         super().__init__(name.encode().ljust(HANDLE_BYTES))
+        self.ordinal = ordinal
 
     def copy(self, offset: int, source: int, size: int) -> None:
         self.write(offset, ctypes.string_at(source, size))

@@ -122,3 +122,7 @@ def test_config_says_every_setting_its_value_and_where_it_came_from(node: Node) 
     assert rows["--endpoint"]["value"] == "tcp://127.0.0.1:7"
     assert str(node.folder / "state") in rows["--store"]["value"]
     assert "HOTWEIGHTS_MAX_IMAGES" in node.run("config").stdout
+    assert rows["HOTWEIGHTS_SHARED"]["value"] == ""
+    lists = {"HOTWEIGHTS_SHARED": "/mnt/a:/mnt/b", "HOTWEIGHTS_LEND_GPUS": "all"}
+    rows = {row["name"]: row["value"] for row in json.loads(node.run("config", "--json", **lists).stdout)}
+    assert {name: rows[name] for name in lists} == lists

@@ -186,3 +186,18 @@ def test_nothing_leaks_over_a_thousand_updates(start: Callable[..., Process]) ->
             before = cuda_ipc.free_bytes(0)
     assert cuda_ipc.free_bytes(0) >= before
     assert bool((mine == 3).all())
+
+
+def test_memory_is_pinned_where_it_lies_and_one_that_cannot_be_spoils_no_kernel() -> None:
+    memory = torch.ones(SIZE, dtype=torch.uint8)
+    cuda_ipc.pin(0, memory.data_ptr(), SIZE)
+    assert memory.is_pinned()
+    with pytest.raises(CudaError, match="CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED"):
+        cuda_ipc.pin(0, memory.data_ptr(), SIZE)
+    there = torch.empty_like(memory, device="cuda").copy_(memory, non_blocking=True)
+    assert int((there + 1).sum()) == 2 * SIZE
+    cuda_ipc.unpin(0, memory.data_ptr())
+    assert not memory.is_pinned()
+    with pytest.raises(CudaError, match="unpinning memory"):
+        cuda_ipc.unpin(0, memory.data_ptr())
+    assert int((there + 1).sum()) == 2 * SIZE

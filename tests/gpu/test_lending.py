@@ -106,8 +106,8 @@ async def test_a_rank_takes_what_a_trainer_lends_and_the_trainer_gets_its_memory
 def lending_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
     """In a process of its own: CUDA opens no handle where it was made."""
     config = a_config(tmp_path_factory.mktemp("n"), "a", HOTWEIGHTS_USE_IPC_AGENT="1", HOTWEIGHTS_LEND_GPUS="all")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hotweights.cli", "agent", "--auto"], env={**os.environ, **config.as_environ()}
+    process = subprocess.Popen(  # one that a client started lends nothing
+        [sys.executable, "-m", "hotweights.cli", "agent"], env={**os.environ, **config.as_environ()}
     )
     yield config
     process.terminate()

@@ -14,7 +14,7 @@ no_driver = pytest.mark.skipif(ctypes.util.find_library("cuda") is not None, rea
 
 @no_driver
 def test_without_a_driver_it_says_so() -> None:
-    for use in (cuda_ipc.devices, lambda: Lent(0, 1), lambda: Borrowed(0, bytes(64))):
+    for use in (cuda_ipc.devices, lambda: Lent(0, 1), lambda: Borrowed(0, bytes(64)), lambda: cuda_ipc.pin(0, 0, 1)):
         with pytest.raises(NoCuda, match="there is no CUDA driver here"):
             use()
 

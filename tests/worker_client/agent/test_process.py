@@ -209,3 +209,14 @@ def test_an_agent_that_is_to_lend_gpu_memory_where_there_is_none_says_so(home: P
     assert done.returncode == 2
     assert done.stderr.startswith("hotweights: HOTWEIGHTS_LEND_GPUS='all': there is no CUDA driver here: ")
     assert done.stderr.count("\n") == 1
+
+
+async def test_an_agent_that_a_client_started_lends_no_gpu_memory(home: Path) -> None:
+    """It sees the GPUs of that client, and is there where there are none."""
+    config = a_config(home, "a", HOTWEIGHTS_LEND_GPUS="all")
+    client = await connect_or_start(config)
+    try:
+        assert (await client.status()).node_id == "a"
+    finally:
+        await client.close()
+        os.kill((await answered(config)).pid, signal.SIGTERM)

@@ -262,6 +262,14 @@ def test_everyone_takes_the_same_as_far_as_there_is_room(total: int, rooms: list
     assert uploads.even(total, rooms) == shares
 
 
+def test_what_fits_nowhere_leaves_the_others_in(home: Path) -> None:
+    large, small = (make_image(home / str(size), tensors=4, tensor_bytes=size).manifest for size in (100_000, 1000))
+    for at, tensor in enumerate(small.tensors):
+        tensor.size_bytes = 1000 if at != 1 else large.tensors[1].size_bytes
+    layouts = uploads.laid_out(small, dict.fromkeys(("GPU-0", "GPU-1"), 50_000))
+    assert sum(part.size_bytes for layout in layouts for part in layout.told.ranges) == 3000
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_tensor_is_cut_lies_twice_or_overlaps_another(home: Path, seed: int) -> None:
     manifest = make_image(home / "v", seed=seed, tensors=10, tensor_bytes=1000 + seed).manifest

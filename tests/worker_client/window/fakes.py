@@ -205,7 +205,7 @@ class FakeAgent:
         self.mapped.remove(digest)
 
     async def borrow_image(self, digest: bytes, client_id: str) -> BorrowImageResponse:
-        if self.lent is not None:
+        if self.lent is not None and digest not in self.borrowed:
             self.borrowed.append(digest)
         return self.lent or BorrowImageResponse()
 

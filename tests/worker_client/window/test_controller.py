@@ -299,7 +299,7 @@ async def test_what_the_agent_is_uploading_is_waited_for_but_not_for_ever(
         return BorrowImageResponse(coming=True) if len(asked) <= coming else await found(digest, client_id)
 
     bench.agent.borrow_image = later  # type: ignore[method-assign]
-    monkeypatch.setattr("hotweights.worker_client.window.prepare.BORROW_SHARE", 0.01)
+    monkeypatch.setattr("hotweights.worker_client.window.prepare.UPLOAD_SHARE", 0.01)
     assert (await bench.prepare(V2)).WhichOneof("event") == "prepared"
     assert len(asked) > 3
     assert bool(bench.engine.lent) == (coming == 3)

@@ -10,6 +10,7 @@ from tests.worker_client.window.benches import V1, V2, V3, Bench, running, until
 from tests.worker_client.window.fakes import FakeEngine, fails, hangs, refuses
 
 from hotweights.v1 import worker_service_pb2 as pb
+from hotweights.v1.agent_service_pb2 import BorrowImageResponse
 
 TOUCHES = {"pause", "prepare", "prepared", "apply", "undo", "fingerprint", "release"}
 
@@ -44,6 +45,22 @@ async def test_what_is_staged_is_only_mapped_and_go_waits_for_the_wake_up(bench:
     ]
     assert calls == ["await_wake", "prepare", "pause", "apply", "resume", "let_wake"]
     assert bench.stream.hello().replica.open_window == ""
+
+
+async def test_no_upload_into_gpu_memory_begins_while_it_sleeps_or_is_waited_for_when_it_wakes(bench: Bench) -> None:
+    asked: list[bytes] = []
+
+    async def never(digest: bytes, client_id: str) -> BorrowImageResponse:
+        asked.append(digest)
+        return BorrowImageResponse(coming=True)
+
+    bench.agent.borrow_image = never  # type: ignore[method-assign]
+    await bench.prepare(V2)
+    await bench.apply(V2)
+    assert asked == []
+    bench.engine.wake()
+    assert (await bench.stream.take()).applied.active_digest == V2
+    assert asked == [V2]
 
 
 async def test_its_deadline_counts_from_the_wake_up(bench: Bench) -> None:

@@ -23,6 +23,7 @@ HANDLE_BYTES = 64
 BLOCK_BYTES = 2 << 20
 LIBRARY = "libcuda.so.1"
 _PEERS_AS_NEEDED = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+_FOR_ALL = 1  # CU_MEMHOSTREGISTER_PORTABLE
 
 
 class CudaError(TransportError):
@@ -65,6 +66,8 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuMemcpyDtoD_v2": (_ADDRESS, _ADDRESS, ctypes.c_size_t),
     "cuMemcpyHtoD_v2": (_ADDRESS, ctypes.c_void_p, ctypes.c_size_t),
     "cuMemcpyDtoH_v2": (ctypes.c_void_p, _ADDRESS, ctypes.c_size_t),
+    "cuMemHostRegister_v2": (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint),
+    "cuMemHostUnregister": (ctypes.c_void_p,),
     "cuIpcGetMemHandle": (_OUT, _ADDRESS),
     "cuIpcOpenMemHandle_v2": (_OUT, _Handle, ctypes.c_uint),
     "cuIpcCloseMemHandle": (_ADDRESS,),
@@ -150,6 +153,23 @@ def free_bytes(ordinal: int) -> int:
     with driver.on(ordinal):
         driver.call(f"GPU {ordinal}", "cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
     return free.value
+
+
+def pin(ordinal: int, address: int, size: int) -> None:
+    """Pins memory of the host where it lies, so that GPUs read and write it by themselves. Raises NoCuda, CudaError.
+
+    Not by CUDA's runtime: that takes the GPU that is current, and keeps the error for the next kernel of the thread.
+    """
+    driver = _driver()
+    with driver.on(ordinal):
+        driver.call(f"pinning {size} bytes", "cuMemHostRegister_v2", address, size, _FOR_ALL)
+
+
+def unpin(ordinal: int, address: int) -> None:
+    """Before the memory goes. Raises CudaError."""
+    driver = _driver()
+    with driver.on(ordinal):
+        driver.call("unpinning memory", "cuMemHostUnregister", address)
 
 
 class _Memory:

@@ -5,9 +5,15 @@ host --upload while serving--> device memory     (within the budget)
                                                   is written)
 """
 
-from typing import Any
+import logging
+from contextlib import suppress
 
 import torch
+
+from hotweights.transports import cuda_ipc
+from hotweights.transports.errors import TransportError
+
+log = logging.getLogger(__name__)
 
 PIECE_BYTES = 32 << 20
 """Of places and values that are uploaded, and of values that are read back, at a time in the pause."""
@@ -19,22 +25,28 @@ and a page is pinned once."""
 class Pin:
     """Memory that is pinned where it lies, as long as this is there."""
 
-    def __init__(self, memory: torch.Tensor, runtime: Any) -> None:
-        """Of memory that `runtime` has just pinned."""
-        self._memory, self._unpin = memory, runtime.cudaHostUnregister
+    def __init__(self, memory: torch.Tensor, ordinal: int) -> None:
+        """Raises TransportError."""
+        self._ordinal = ordinal
+        self._memory: torch.Tensor | None = None
+        cuda_ipc.pin(ordinal, memory.data_ptr(), memory.nbytes)
+        self._memory = memory
 
     def __del__(self) -> None:
-        self._unpin(self._memory.data_ptr())
+        if self._memory is not None:
+            with suppress(TransportError):  # a GPU that has failed holds nothing any more
+                cuda_ipc.unpin(self._ordinal, self._memory.data_ptr())
 
 
-def pin_in_place(host: torch.Tensor) -> Pin | None:
-    """None where that cannot be."""
+def pin_in_place(host: torch.Tensor, device: torch.device) -> Pin | None:
+    """For a CUDA device; None where that cannot be."""
     if host.nbytes < IN_PLACE_BYTES or not host.is_contiguous():
         return None
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):  # a page of it is pinned for another
+    try:
+        return Pin(host, torch.cuda.current_device() if device.index is None else device.index)
+    except TransportError as error:  # a page of it is pinned for another, or there is no room for more
+        log.info("%s", error)
         return None
-    return Pin(host, runtime)
 
 
 class Placed:
@@ -48,7 +60,7 @@ class Placed:
             return
         self.tensor = host if lasts else host.clone()
         if device.type == "cuda":
-            self._pin = pin_in_place(self.tensor)
+            self._pin = pin_in_place(self.tensor, device)
             if self._pin is None:
                 self.tensor = self.tensor.pin_memory()
 

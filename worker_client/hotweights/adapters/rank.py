@@ -35,7 +35,7 @@ from hotweights.adapters.mapped import BadImage, MappedImage, TensorSpec, check_
 from hotweights.adapters.plans import Plans
 from hotweights.adapters.prepared import PROBE_SLICE_S, Prepared
 from hotweights.adapters.twins import NoShadow
-from hotweights.adapters.undo import storages_bytes
+from hotweights.adapters.undo import storages_bytes, storages_of
 from hotweights.adapters.update import Made, Maker, NotProven, packed_bytes
 from hotweights.worker_client.config import load_config
 from hotweights.worker_client.window.failpoints import Failpoints, parse_failpoints
@@ -243,10 +243,15 @@ class Rank:
         return isinstance(model, Together) and model.source is Source.OWN
 
     def _bytes_needed(self) -> int:
-        """Of all ranks here, at most: every tensor as it was and as it is to be, and packed weights twice."""
+        """Of all ranks here, at most: every tensor as it was and as it is to be, and packed weights twice.
+
+        And what storages pass through meanwhile, on a device those of now too.
+        """
         layers = list(self.model.modules())
+        largest = max((storage.nbytes() for storage in storages_of(layers).values()), default=0)
+        passing = largest * (1 if self._device.type == "cpu" else 2)
         packed = sum(packed_bytes(layer) for _, layer, _ in packed_layers(self.model))
-        return self._ranks_here() * 2 * (storages_bytes(layers) + packed)
+        return self._ranks_here() * (2 * (storages_bytes(layers) + packed) + passing)
 
     def _ranks_here(self) -> int:
         parallel = self._worker.vllm_config.parallel_config

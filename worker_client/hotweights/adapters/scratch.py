@@ -14,7 +14,7 @@ class Scratch:
 
     def __init__(self, device: torch.device) -> None:
         """For what comes from that device."""
-        self._is_pinned = device.type == "cuda"
+        self._device = device
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._pinned: object = None
 
@@ -23,8 +23,8 @@ class Scratch:
         if size > self._memory.numel():
             self._pinned = None  # before its memory goes
             self._memory = torch.empty(size, dtype=torch.uint8)
-            if self._is_pinned:
-                self._pinned = pin_in_place(self._memory)
+            if self._device.type == "cuda":
+                self._pinned = pin_in_place(self._memory, self._device)
         taken: torch.UntypedStorage = self._memory.untyped_storage()[:size]
         return taken
 

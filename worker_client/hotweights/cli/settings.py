@@ -1,6 +1,7 @@
 """`config`: every setting of both sides, its value here and now, and where that came from."""
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +73,8 @@ def _shown(name: str, value: object) -> str:
         return "(set)" if value else ""
     if isinstance(value, dict):
         return ",".join(f"{old}={new}" for old, new in value.items())
+    if isinstance(value, tuple):
+        return (os.pathsep if any(isinstance(item, Path) for item in value) else ",").join(map(str, value))
     if isinstance(value, bool):
         return str(int(value))
     return "" if value is None else str(value)

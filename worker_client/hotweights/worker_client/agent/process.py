@@ -44,14 +44,20 @@ def run_agent(config: Config, *, started_by_client: bool) -> None:
     Raises AgentRuns, StageTaken, StageUnsafe; OSError and ValueError for addresses that cannot be.
     """
     failpoints.arm(config.failpoints)
-    if started_by_client and config.transport == "mpi":
-        config = dataclasses.replace(config, transport="tcp")  # it would take the engine's place in the engine's job
+    if started_by_client:
+        config = _without_its_starters(config)
     os.nice(max(0, config.nice - os.nice(0)))  # not more than that, where it was started with some
     try:
         asyncio.run(serve_agent(config, started_by_client=started_by_client))
     finally:
         mpi_lane.close_lane()
         ucx_lane.close_lane()
+
+
+def _without_its_starters(config: Config) -> Config:
+    """What an agent may not take from the process of a client that started it: its place in a job, its GPUs."""
+    transport = "tcp" if config.transport == "mpi" else config.transport
+    return dataclasses.replace(config, transport=transport, lend_gpus=())
 
 
 async def serve_agent(

@@ -138,14 +138,12 @@ def laid_out(manifest: manifest_pb2.Manifest, rooms: Mapping[str, int]) -> list[
     layouts = [Layout(name) for name in rooms]
     # No tensor is cut in two: a share may end one later.
     limits = [min(room, part + largest) for room, part in zip(rooms.values(), wanted, strict=True)]
-    at = 0
     for tensor in tensors:
         needed_bytes = tensor.size_bytes + 2 * ALIGNED_BYTES
-        while at < len(layouts) and layouts[at].size_bytes + needed_bytes > limits[at]:
-            at += 1
-        if at == len(layouts):
-            break
-        layouts[at].add(manifest.files[tensor.file].name, tensor.offset, tensor.size_bytes)
+        for layout, limit in zip(layouts, limits, strict=True):
+            if layout.size_bytes + needed_bytes <= limit:
+                layout.add(manifest.files[tensor.file].name, tensor.offset, tensor.size_bytes)
+                break
     return [layout for layout in layouts if layout.told.ranges]
 
 
@@ -167,6 +165,7 @@ def _uploaded(
         memory.write(0, layout.told.seal)
         for part in layout.told.ranges:
             _upload(folder / part.file, part, memory, memoryview(piece), stop)
+        cuda_ipc.synchronize(memory.ordinal)  # the last pieces may be on their way still
         layout.told.handle = memory.handle
     return [layout.told for layout in layouts]
 

@@ -248,7 +248,9 @@ class ReplicaController:
     async def _do_prepare(self, order: pb.PrepareImage, report: pb.Report) -> None:
         try:
             self._to_check = order.manifest_digest if order.check_finite else b""
-            await self._prepare(order.manifest_digest, order.deadline_s or PREPARE_DEADLINE_S)
+            deadline_s, begun = order.deadline_s or PREPARE_DEADLINE_S, self._clock()
+            await self._await_upload(order.manifest_digest, deadline_s)
+            await self._prepare(order.manifest_digest, deadline_s - (self._clock() - begun))
         except (PrepareRefused, *FAILED) as error:
             log.warning("preparing %s failed: %s", order.manifest_digest.hex()[:12], error)
             report.prepare_failed.reason = str(error)
@@ -258,6 +260,16 @@ class ReplicaController:
         held = self._preparing.prepared
         if held is not None and held.digest == order.manifest_digest:
             report.prepared.routes.CopyFrom(held.routes)
+
+    async def _await_upload(self, digest: bytes, deadline_s: float) -> None:
+        """Not for an engine that sleeps: it may need the memory when it wakes."""
+        async with self._sleep.kept_away() as level:
+            pass
+        if not level and not self._is_prepared(digest):
+            await self._preparing.await_upload(digest, deadline_s)
+
+    def _is_prepared(self, digest: bytes) -> bool:
+        return digest == self.active_digest or self._preparing.holds(digest, check_finite=digest == self._to_check)
 
     async def _prepare(self, digest: bytes, deadline_s: float) -> None:
         """The agent maps, every rank checks. Raises PrepareRefused and what fails outside.
@@ -271,9 +283,9 @@ class ReplicaController:
             await self._prepare_awake(digest, deadline_s)
 
     async def _prepare_awake(self, digest: bytes, deadline_s: float) -> None:
-        check_finite = digest == self._to_check
-        if digest == self.active_digest or self._preparing.holds(digest, check_finite=check_finite):
+        if self._is_prepared(digest):
             return
+        check_finite = digest == self._to_check
         folder = await self._preparing.map(digest, deadline_s)
         self._kept = None  # the ranks drop it for this
         async with self._preparing.borrowed(b"" if self._lost_weights else self.active_digest, deadline_s) as base:

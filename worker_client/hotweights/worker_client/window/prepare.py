@@ -24,7 +24,7 @@ RELEASE_DEADLINE_S = 60.0
 RELEASE_POLL_S = 0.1
 POLL_S = 0.02
 REASONS_MAX = 8
-BORROW_SHARE = 0.25
+UPLOAD_SHARE = 0.1
 """Of the time there is to prepare: so long an upload into GPU memory is waited for."""
 
 
@@ -118,7 +118,7 @@ class Preparing:
             "check_finite": check_finite,
             "base": str(base or ""),
             "anew": anew,
-            "lent": await self._borrow(digest, deadline_s * BORROW_SHARE),
+            "lent": await self._borrow(digest, 0.0),
         }
         plain = str(folder), self._name_map, options
         answers = await call_ranks(self._engine, "hotweights_prepare", CALL_DEADLINE_S, *plain)
@@ -140,6 +140,13 @@ class Preparing:
             base=base,
         )
         return self.prepared
+
+    async def await_upload(self, digest: bytes, deadline_s: float) -> None:
+        """Where the agent is to upload the image into GPU memory, it begins; returns when it has, or soon enough.
+
+        Only before there is any hurry: what is prepared in a window takes what is there.
+        """
+        await self._borrow(digest, deadline_s * UPLOAD_SHARE)
 
     async def _borrow(self, digest: bytes, wait_s: float) -> dict[str, Any]:
         """GPU memory of this node that holds the image, as plain data; empty where there is none to be had.
