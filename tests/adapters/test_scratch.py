@@ -6,7 +6,7 @@ import torch
 from hotweights.adapters.bits import same_bits
 from hotweights.adapters.scratch import Scratch
 from hotweights.adapters.undo import storage_bytes
-from hotweights.adapters.update import _are_all
+from hotweights.adapters.views import are_all
 
 CPU = torch.device("cpu")
 
@@ -67,12 +67,12 @@ def test_different_sizes_are_different() -> None:
 
 def test_views_that_leave_nothing_out_are_known_in_whatever_order() -> None:
     whole = torch.zeros(6, 4)
-    assert _are_all([whole], 96)
-    assert _are_all([whole[4:], whole[:1], whole[1:4]], 96)
-    assert _are_all([whole[:4], whole[2:]], 96)
+    assert are_all([whole], 96)
+    assert are_all([whole[4:], whole[:1], whole[1:4]], 96)
+    assert are_all([whole[:4], whole[2:]], 96)
 
 
 def test_views_that_may_leave_something_out_are_not_all() -> None:
     whole = torch.zeros(6, 4)
     for views in ([whole[:5]], [whole[1:]], [whole[:2], whole[3:]], [whole[:, :2], whole[:, 2:]], [whole.t()], []):
-        assert not _are_all(views, 96)
+        assert not are_all(views, 96)

@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from hotweights.adapters.scratch import Scratch
 from hotweights.adapters.shadow import Shadow, beyond
 from hotweights.adapters.twins import NoShadow
 from hotweights.adapters.undo import ChangedSincePrepare, storage_bytes, storages_of
+from hotweights.adapters.views import are_all, by_storage, moved
 from hotweights.adapters.writes import Difference, Function, Reversed, Write, difference, host_write
 
 REASONS_MAX = 8
@@ -219,7 +219,7 @@ class Maker:
         named = dict(self._model.named_modules(remove_duplicate=False))
         self._must = [] if plan is None else [named[name] for name in split.reasons]
         self._live = named_tensors(self._model)
-        self._names = _by_storage(dict(live_tensors(self._model)))
+        self._names = by_storage(dict(live_tensors(self._model)))
         self._after: dict[str, bytes] = {}
         device = torch.device(getattr(worker, "device", "cpu"))
         self._now, self._new = Scratch(device), Scratch(device)
@@ -350,7 +350,7 @@ class Maker:
             found = difference(now, new, sizes.pop() if len(sizes) == 1 else 1)
             if found is not None:
                 for name, tensor in names.items():
-                    self._after[name] = digest_tensor(name, _moved(tensor, new), threads=1)
+                    self._after[name] = digest_tensor(name, moved(tensor, new), threads=1)
                 if on_host:
                     yield host_write(storage, found, pairs)
                 else:
@@ -377,10 +377,10 @@ class Maker:
         is_cast = any(target.dtype != source.dtype for target, source in pairs)
         into = Scratch(torch.device("cpu")) if is_cast else self._new  # what is written from must last
         new = into.take(now.nbytes())
-        if not _are_all([target for target, _ in pairs], now.nbytes()):
+        if not are_all([target for target, _ in pairs], now.nbytes()):
             storage_bytes(new).copy_(storage_bytes(now))
         for copy, live, source in zip(copies, targets, sources, strict=True):
-            copy.put.of(_moved(live, new)).copy_(source)
+            copy.put.of(moved(live, new)).copy_(source)
         if is_cast:
             pairs = [(storage_bytes(storage), storage_bytes(new))]  # the pause is not for casting
         return new, pairs
@@ -441,31 +441,6 @@ def _told(reasons: Mapping[str, str]) -> Iterator[str]:
     for names in sorted(alike.values(), key=len, reverse=True)[:REASONS_MAX]:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         yield f"{names[0]}{more}: {reasons[names[0]]}"
-
-
-def _by_storage(tensors: Mapping[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
-    found: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        found.setdefault(tensor.untyped_storage().data_ptr(), {})[name] = tensor
-    return found
-
-
-def _moved(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
-    """The same view of another storage."""
-    place = tensor.storage_offset(), tensor.shape, tensor.stride()
-    return torch.empty(0, dtype=tensor.dtype, device=storage.device).set_(storage, *place)
-
-
-def _are_all(views: Iterable[torch.Tensor], size: int) -> bool:
-    """Whether views of a storage of so many bytes leave nothing of it out."""
-    end = 0
-    for begin, view in sorted(
-        ((int(view.storage_offset()) * view.itemsize, view) for view in views), key=itemgetter(0)
-    ):
-        if begin > end or not view.is_contiguous():
-            return False
-        end = max(end, begin + view.nbytes)
-    return end == size
 
 
 def _sizes(model: torch.nn.Module) -> dict[int, int]:
