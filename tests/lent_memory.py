@@ -6,6 +6,7 @@ Handles are names of files, opened anew by whoever borrows, so that what was fre
 import ctypes
 import mmap
 import secrets
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from hotweights.adapters.lent import LentImage
+from hotweights.adapters.mapped import MappedImage
 from hotweights.transports.cuda_ipc import HANDLE_BYTES, CudaError
+from hotweights.v1 import agent_service_pb2 as pb
+from hotweights.worker_client.window.prepare import _plain
 
 DEVICE = "GPU-00000000-0000-0000-0000-000000000000"
 
@@ -106,3 +111,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, free_bytes: Sequence[
     monkeypatch.setattr("hotweights.adapters.lent.open_memory", lambda device, handle, reader: Memory(handle))
     monkeypatch.setattr("hotweights.adapters.update.is_on_host", lambda storage: False)
     return names
+
+
+def read(borrowed: pb.BorrowImageResponse, folder: Path) -> dict[str, torch.Tensor]:
+    """As a rank does."""
+    memories = [_plain(told) for told in borrowed.memories]
+    opened = LentImage(memories, time.monotonic() + borrowed.left_s, MappedImage(folder, {}), torch.device("cpu"))
+    return {name: tensor.clone() for name, tensor in opened.tensors.items()}

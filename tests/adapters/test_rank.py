@@ -250,3 +250,10 @@ def test_a_checkpoint_that_is_cast_is_written_there_and_back(
     rank.undo()
     rank.prove_undone()
     assert fingerprint(rank.model) == before
+
+
+@pytest.mark.parametrize(("device", "passing"), [("cpu", 1), ("cuda", 2)])
+def test_what_preparing_asks_for_counts_what_storages_pass_through(rank: Rank, device: str, passing: int) -> None:
+    one = 64 * 64 * 4
+    rank._worker.device = device
+    assert rank._bytes_needed() == 2 * 2 * one + passing * one

@@ -115,7 +115,7 @@ def lending_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
 
 
 async def borrow(engine: AgentClient, digest: bytes) -> pb.BorrowImageResponse:
-    while (found := await engine.borrow_image(digest, "replica-0")).coming:
+    while (found := await engine.borrow_image(digest, "replica-0", upload=True)).coming:
         pass
     return found
 

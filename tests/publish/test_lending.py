@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from tests import lent_memory
 from tests.lent_memory import DEVICE, OnGpu
 from tests.worker_client.agent.nodes import a_config, agent_of
 
-from hotweights.adapters.lent import LentImage
-from hotweights.adapters.mapped import MappedImage
 from hotweights.coordinator.config import Config as CoordinatorConfig
 from hotweights.coordinator.server import Coordinator
 from hotweights.publish import lending, publish_module_async
@@ -27,7 +24,6 @@ from hotweights.wire.endpoint import parse_endpoint
 from hotweights.wire.errors import Refused
 from hotweights.worker_client.agent_client import AgentClient
 from hotweights.worker_client.config import Config
-from hotweights.worker_client.window.prepare import _plain
 
 DEADLINE_S = 15.0
 
@@ -86,13 +82,6 @@ async def an_engine(config: Config) -> AsyncIterator[AgentClient]:
         await client.close()
 
 
-def read(borrowed: pb.BorrowImageResponse, folder: Path) -> dict[str, torch.Tensor]:
-    """As a rank does."""
-    memories = [_plain(told) for told in borrowed.memories]
-    opened = LentImage(memories, time.monotonic() + borrowed.left_s, MappedImage(folder, {}), torch.device("cpu"))
-    return {name: tensor.clone() for name, tensor in opened.tensors.items()}
-
-
 async def test_what_a_trainer_publishes_is_lent_to_the_engines_of_its_node_until_they_have_it(
     home: Path, config: Config, memory: Path
 ) -> None:
@@ -101,7 +90,7 @@ async def test_what_a_trainer_publishes_is_lent_to_the_engines_of_its_node_until
         borrowed = await engine.borrow_image(version.manifest_digest, "replica-0")
         assert [told.device_uuid for told in borrowed.memories] == [DEVICE]
         assert 590 < borrowed.left_s <= 600
-        found = read(borrowed, home / "v1")
+        found = lent_memory.read(borrowed, home / "v1")
         assert set(found) == {"a", "b", "d"}
         written = load_file(home / "v1" / "model.safetensors")
         assert all(torch.equal(tensor, written[name]) for name, tensor in found.items())

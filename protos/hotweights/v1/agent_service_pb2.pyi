@@ -138,12 +138,14 @@ class LendImageResponse(_message.Message):
     def __init__(self, borrowers: _Optional[int] = ...) -> None: ...
 
 class BorrowImageRequest(_message.Message):
-    __slots__ = ("manifest_digest", "client_id")
+    __slots__ = ("manifest_digest", "client_id", "upload")
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_FIELD_NUMBER: _ClassVar[int]
     manifest_digest: bytes
     client_id: str
-    def __init__(self, manifest_digest: _Optional[bytes] = ..., client_id: _Optional[str] = ...) -> None: ...
+    upload: bool
+    def __init__(self, manifest_digest: _Optional[bytes] = ..., client_id: _Optional[str] = ..., upload: bool = ...) -> None: ...
 
 class BorrowImageResponse(_message.Message):
     __slots__ = ("memories", "left_s", "coming")

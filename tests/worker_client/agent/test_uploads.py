@@ -12,7 +12,6 @@ from tests import lent_memory
 from tests.worker_client.agent.nodes import a_config, agent_of, until
 from tests.worker_client.stage.checkpoints import make_folder, make_image
 
-from hotweights.adapters.lent import LentImage
 from hotweights.adapters.mapped import MappedImage
 from hotweights.transports.cuda_ipc import CudaError
 from hotweights.v1 import agent_service_pb2 as pb
@@ -21,7 +20,6 @@ from hotweights.worker_client.agent import uploads
 from hotweights.worker_client.agent_client import AgentClient
 from hotweights.worker_client.config import BadSetting, Config
 from hotweights.worker_client.image.layout import Layout
-from hotweights.worker_client.window.prepare import _plain
 
 LATER_S = 0.5
 RANK = "replica-0"
@@ -66,16 +64,9 @@ async def staged(agent: AgentClient, folder: Path) -> bytes:
 
 async def borrow(agent: AgentClient, digest: bytes, client_id: str = RANK) -> pb.BorrowImageResponse:
     """As an engine does."""
-    while (found := await agent.borrow_image(digest, client_id)).coming:
+    while (found := await agent.borrow_image(digest, client_id, upload=True)).coming:
         assert not found.memories
     return found
-
-
-def read(borrowed: pb.BorrowImageResponse, folder: Path) -> dict[str, torch.Tensor]:
-    """As a rank does."""
-    memories = [_plain(told) for told in borrowed.memories]
-    opened = LentImage(memories, time.monotonic() + borrowed.left_s, MappedImage(folder, {}), torch.device("cpu"))
-    return {name: tensor.clone() for name, tensor in opened.tensors.items()}
 
 
 def check_same(found: dict[str, torch.Tensor], folder: Path) -> None:
@@ -93,7 +84,7 @@ async def test_a_staged_image_is_uploaded_once_for_all_who_borrow_it_and_freed_w
     assert [told.device_uuid for told in both[0].memories] == [lent_memory.DEVICE]
     assert both[0].memories[0].handle == both[1].memories[0].handle
     assert len(held(memory)) == 1
-    found = read(both[0], folder)
+    found = lent_memory.read(both[0], folder)
     assert len(found) == 4
     check_same(found, folder)
     await agent.return_image(digest, RANK)
@@ -113,8 +104,8 @@ async def test_several_gpus_have_a_part_each(home: Path, config: Config, monkeyp
         sizes = [sum(part.size_bytes for part in told.ranges) for told in borrowed.memories]
         assert sum(sizes) == 600_000
         assert max(sizes) - min(sizes) <= 30_000
-        assert len(read(borrowed, folder)) == 60
-        check_same(read(borrowed, folder), folder)
+        assert len(lent_memory.read(borrowed, folder)) == 60
+        check_same(lent_memory.read(borrowed, folder), folder)
 
 
 async def test_half_of_what_is_free_is_left_and_what_has_no_room_is_not_lent(
@@ -124,8 +115,8 @@ async def test_half_of_what_is_free_is_left_and_what_has_no_room_is_not_lent(
     folder = make_folder(home / "v1")
     async with agent_of(config) as agent:
         borrowed = await borrow(agent, await staged(agent, folder))
-        assert len(read(borrowed, folder)) == 2
-        check_same(read(borrowed, folder), folder)
+        assert len(lent_memory.read(borrowed, folder)) == 2
+        check_same(lent_memory.read(borrowed, folder), folder)
 
 
 @pytest.mark.parametrize("free_bytes", [0, 100_000])
@@ -187,7 +178,7 @@ async def test_who_asks_meanwhile_is_told_that_it_is_coming(
 ) -> None:
     slow(monkeypatch, 0.1)
     digest = await staged(agent, make_folder(home / "v1"))
-    assert (await agent.borrow_image(digest, RANK)).coming
+    assert (await agent.borrow_image(digest, RANK, upload=True)).coming
     assert len(held(memory)) == 1
     assert (await borrow(agent, digest)).memories
 
@@ -197,7 +188,7 @@ async def test_what_nobody_fetches_once_it_is_there_is_freed(
 ) -> None:
     slow(monkeypatch, 0.1)
     digest = await staged(agent, make_folder(home / "v1"))
-    assert (await agent.borrow_image(digest, RANK)).coming
+    assert (await agent.borrow_image(digest, RANK, upload=True)).coming
     await until(lambda: not held(memory), "it was freed")
 
 
@@ -209,7 +200,7 @@ async def test_an_agent_that_ends_frees_everything(
     async with agent_of(config) as agent:
         digest = await staged(agent, make_folder(home / "v1"))
         if when == "uploading":
-            assert (await agent.borrow_image(digest, RANK)).coming
+            assert (await agent.borrow_image(digest, RANK, upload=True)).coming
         else:
             assert (await borrow(agent, digest)).memories
         assert held(memory)
@@ -232,6 +223,18 @@ async def test_nothing_is_uploaded_for_who_may_not_have_it(home: Path, agent: Ag
     with pytest.raises(Refused, match="a client's id takes"):
         await agent.borrow_image(digest, "")
     assert not held(memory)
+
+
+async def test_who_is_in_a_hurry_has_nothing_uploaded_and_takes_what_is_there(
+    home: Path, agent: AgentClient, memory: Path
+) -> None:
+    digest = await staged(agent, make_folder(home / "v1"))
+    hurried = await agent.borrow_image(digest, RANK)
+    assert not hurried.memories
+    assert not hurried.coming
+    assert not held(memory)
+    await borrow(agent, digest, "replica-1")
+    assert (await agent.borrow_image(digest, RANK)).memories
 
 
 async def test_an_agent_that_is_not_told_to_lends_nothing(home: Path, config: Config, memory: Path) -> None:

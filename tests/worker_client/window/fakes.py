@@ -204,7 +204,7 @@ class FakeAgent:
     async def release_image(self, digest: bytes, client_id: str) -> None:
         self.mapped.remove(digest)
 
-    async def borrow_image(self, digest: bytes, client_id: str) -> BorrowImageResponse:
+    async def borrow_image(self, digest: bytes, client_id: str, *, upload: bool) -> BorrowImageResponse:
         if self.lent is not None and digest not in self.borrowed:
             self.borrowed.append(digest)
         return self.lent or BorrowImageResponse()

@@ -294,19 +294,20 @@ async def test_what_the_agent_is_uploading_is_waited_for_but_not_for_ever(
     lends(bench)
     found, asked = bench.agent.borrow_image, []
 
-    async def later(digest: bytes, client_id: str) -> BorrowImageResponse:
+    async def later(digest: bytes, client_id: str, *, upload: bool) -> BorrowImageResponse:
         asked.append(digest)
-        return BorrowImageResponse(coming=True) if len(asked) <= coming else await found(digest, client_id)
+        is_coming = upload and len(asked) <= coming
+        return BorrowImageResponse(coming=True) if is_coming else await found(digest, client_id, upload=upload)
 
     bench.agent.borrow_image = later  # type: ignore[method-assign]
     monkeypatch.setattr("hotweights.worker_client.window.prepare.UPLOAD_SHARE", 0.01)
     assert (await bench.prepare(V2)).WhichOneof("event") == "prepared"
     assert len(asked) > 3
-    assert bool(bench.engine.lent) == (coming == 3)
+    assert bool(bench.engine.lent)
 
 
 async def test_an_agent_that_cannot_say_what_is_lent_is_no_obstacle(bench: Bench) -> None:
-    async def unknown(digest: bytes, client_id: str) -> BorrowImageResponse:
+    async def unknown(digest: bytes, client_id: str, *, upload: bool) -> BorrowImageResponse:
         raise Refused(grpc.StatusCode.UNIMPLEMENTED, "", "an agent of a version before")
 
     bench.agent.borrow_image = unknown  # type: ignore[method-assign]

@@ -48,11 +48,11 @@ async def test_what_is_staged_is_only_mapped_and_go_waits_for_the_wake_up(bench:
 
 
 async def test_no_upload_into_gpu_memory_begins_while_it_sleeps_or_is_waited_for_when_it_wakes(bench: Bench) -> None:
-    asked: list[bytes] = []
+    asked: list[bool] = []
 
-    async def never(digest: bytes, client_id: str) -> BorrowImageResponse:
-        asked.append(digest)
-        return BorrowImageResponse(coming=True)
+    async def never(digest: bytes, client_id: str, *, upload: bool) -> BorrowImageResponse:
+        asked.append(upload)
+        return BorrowImageResponse(coming=upload)
 
     bench.agent.borrow_image = never  # type: ignore[method-assign]
     await bench.prepare(V2)
@@ -60,7 +60,7 @@ async def test_no_upload_into_gpu_memory_begins_while_it_sleeps_or_is_waited_for
     assert asked == []
     bench.engine.wake()
     assert (await bench.stream.take()).applied.active_digest == V2
-    assert asked == [V2]
+    assert asked == [False]
 
 
 async def test_its_deadline_counts_from_the_wake_up(bench: Bench) -> None:

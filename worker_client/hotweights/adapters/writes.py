@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from blake3 import blake3
 
+from hotweights.adapters.bits import WORD_BYTES
 from hotweights.adapters.undo import storage_bytes
 
 RUNS = (1, 16, 256)
@@ -26,7 +27,6 @@ LINE_BYTES = 16
 """What a place costs at least, however little is written there: memory moves by lines (64 bytes, read and written),
 and it is on places far apart that the pause is spent."""
 INDEX_BYTES = 8
-WORD_BYTES = 8
 AT_ONCE = 4096
 """Places that are written and then read back: so many lines stay in the nearest caches. Read later, each costs three
 times what writing it costs."""

@@ -129,11 +129,14 @@ class AgentClient:
             if error.reason != "NOT_MAPPED":
                 raise
 
-    async def borrow_image(self, digest: bytes, client_id: str) -> pb.BorrowImageResponse:
-        """GPU memory of this node that holds the image; empty where nobody lends it, and where nobody is to borrow."""
+    async def borrow_image(self, digest: bytes, client_id: str, *, upload: bool = False) -> pb.BorrowImageResponse:
+        """GPU memory of this node that holds the image; empty where nobody lends it, and where nobody is to borrow.
+
+        With `upload` the agent may begin to: while that is `coming`, ask again.
+        """
         if not self._config.use_ipc_agent:
             return pb.BorrowImageResponse()
-        request = pb.BorrowImageRequest(manifest_digest=digest, client_id=client_id)
+        request = pb.BorrowImageRequest(manifest_digest=digest, client_id=client_id, upload=upload)
         with self._errors():
             response: pb.BorrowImageResponse = await self._stub.BorrowImage(request, timeout=CALL_DEADLINE_S)
         return response

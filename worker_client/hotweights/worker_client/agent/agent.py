@@ -200,13 +200,13 @@ class Agent:
                 manifest_digest=digest.hex(),
             )
 
-    async def borrow_image(self, digest: bytes, client_id: str) -> pb.BorrowImageResponse:
-        """GPU memory that holds the image: of another process, else of this one, where it is to lend some.
+    async def borrow_image(self, digest: bytes, client_id: str, *, upload: bool) -> pb.BorrowImageResponse:
+        """GPU memory that holds the image: of another process, else of this one, which may `upload` it for that.
 
         Raises Refused without a client's id, and where too many borrow.
         """
         _require_client(client_id)
-        if await self._uploads.is_coming(digest):
+        if upload and await self._uploads.is_coming(digest):
             return pb.BorrowImageResponse(coming=True)
         memories, left_s = self.lending.borrow(digest, client_id)
         return pb.BorrowImageResponse(memories=memories, left_s=left_s)

@@ -86,7 +86,8 @@ class AgentServicer(rpc.AgentServiceServicer):
     async def BorrowImage(self, request: pb.BorrowImageRequest, context: Context) -> pb.BorrowImageResponse:
         async with statuses(context):
             with self._agent.in_use():
-                response = await self._agent.borrow_image(_digest(request.manifest_digest), request.client_id)
+                digest = _digest(request.manifest_digest)
+                response = await self._agent.borrow_image(digest, request.client_id, upload=request.upload)
         return response
 
     async def ReturnImage(self, request: pb.ReturnImageRequest, context: Context) -> pb.ReturnImageResponse:

@@ -118,7 +118,7 @@ class Preparing:
             "check_finite": check_finite,
             "base": str(base or ""),
             "anew": anew,
-            "lent": await self._borrow(digest, 0.0),
+            "lent": await self._borrow(digest),
         }
         plain = str(folder), self._name_map, options
         answers = await call_ranks(self._engine, "hotweights_prepare", CALL_DEADLINE_S, *plain)
@@ -146,27 +146,32 @@ class Preparing:
 
         Only before there is any hurry: what is prepared in a window takes what is there.
         """
-        await self._borrow(digest, deadline_s * UPLOAD_SHARE)
+        ends = self._clock() + deadline_s * UPLOAD_SHARE
+        while True:
+            found = await self._ask(digest, upload=True)
+            if not found.coming or self._clock() >= ends:
+                return
+            await asyncio.sleep(POLL_S)
 
-    async def _borrow(self, digest: bytes, wait_s: float) -> dict[str, Any]:
-        """GPU memory of this node that holds the image, as plain data; empty where there is none to be had.
-
-        What is on its way there is waited for.
-        """
-        ends = self._clock() + wait_s
-        try:
-            agent = await self.agent()
-            found = await within(CALL_DEADLINE_S, "the agent", agent.borrow_image(digest, self._replica_id))
-            while found.coming and self._clock() < ends:
-                await asyncio.sleep(POLL_S)
-                found = await within(CALL_DEADLINE_S, "the agent", agent.borrow_image(digest, self._replica_id))
-        except (HotweightsError, Unanswered, OSError) as error:
-            log.warning("values come from host memory: %s", error)
-            return {}
+    async def _borrow(self, digest: bytes) -> dict[str, Any]:
+        """GPU memory of this node that holds the image, as plain data; empty where there is none to be had."""
+        found = await self._ask(digest, upload=False)
         if not found.memories:
             return {}
-        self._lent.add(digest)
         return {"left_s": found.left_s, "memories": [_plain(memory) for memory in found.memories]}
+
+    async def _ask(self, digest: bytes, *, upload: bool) -> agent_service_pb2.BorrowImageResponse:
+        """What the agent has lent us, which is to be returned."""
+        try:
+            agent = await self.agent()
+            asked = agent.borrow_image(digest, self._replica_id, upload=upload)
+            found = await within(CALL_DEADLINE_S, "the agent", asked)
+        except (HotweightsError, Unanswered, OSError) as error:
+            log.warning("values come from host memory: %s", error)
+            return agent_service_pb2.BorrowImageResponse()
+        if found.memories:
+            self._lent.add(digest)
+        return found
 
     async def _return(self, but: bytes = b"") -> None:
         """Once no rank reads what was borrowed."""
