@@ -12,13 +12,14 @@ import pytest_asyncio
 from tests.certificates import Authority, contexts
 from tests.transports.sources import IMAGE, MIB, TOKEN, Held, pattern, serving
 
-from hotweights.transports.base import Connection, Place, Server, TokenCheck, Transport
+from hotweights.transports.base import Connection, Place, Reads, Server, ThreadConnection, TokenCheck, Transport
 from hotweights.transports.errors import DeadlinePassed, NotHeld, NotYet, PeerGone, TokenRefused
 from hotweights.transports.line import Tls
 from hotweights.transports.memory import MemoryNetwork, MemoryTransport
 from hotweights.transports.shared import SharedTransport
 from hotweights.transports.tcp import TcpTransport
 from hotweights.transports.tcp_server import TcpServer
+from hotweights.transports.threads import Stop
 from hotweights.transports.ucx import UcxTransport
 from hotweights.transports.ucx_lane import open_lane
 
@@ -51,6 +52,38 @@ class InPlace(SharedTransport):
         return await super().serve(source, listen, check=check, advertise=advertise)
 
 
+class InThreads(TcpTransport):
+    """Every read in a thread."""
+
+    async def connect(self, address: str, *, token: bytes, deadline_s: float) -> Any:
+        return InThread(await super().connect(address, token=token, deadline_s=deadline_s))
+
+
+class InThread:
+    """A connection whose reads wait in a thread, as those of a fetch do."""
+
+    way, origin = "tcp", ""
+
+    def __init__(self, connection: ThreadConnection) -> None:
+        self._connection = connection
+        self.close = connection.close
+
+    async def read_into(
+        self, image: bytes, file: int, offset: int, into: memoryview, *, deadline_s: float, base: bytes | None = None
+    ) -> int:
+        came: list[int] = []
+
+        def work(reads: Reads, _: Stop) -> None:
+            reads.ask(image, file, offset, into.nbytes, base)
+            came.append(reads.take(into, deadline_s=deadline_s))
+
+        try:
+            assert await asyncio.wait_for(self._connection.in_thread(work), deadline_s + 1)
+        except asyncio.TimeoutError:
+            raise DeadlinePassed("-", "waiting for its turn", deadline_s) from None
+        return came[0]
+
+
 @pytest.fixture
 def sent_by_the_source(transport: Transport) -> None:
     if isinstance(transport, InPlace):
@@ -60,7 +93,10 @@ def sent_by_the_source(transport: Transport) -> None:
 by_the_source = pytest.mark.usefixtures("sent_by_the_source")
 
 
-@pytest_asyncio.fixture(loop_scope="session", params=["memory", "tcp", "tcp over TLS", "ucx", "file"])
+@pytest_asyncio.fixture(
+    loop_scope="session",
+    params=["memory", "tcp", "tcp over TLS", "tcp in threads", "tcp over TLS in threads", "ucx", "file"],
+)
 async def transport(request: pytest.FixtureRequest, tls: Tls, tmp_path: Path) -> Transport:
     if request.param == "file":
         return InPlace(tmp_path)
@@ -70,7 +106,8 @@ async def transport(request: pytest.FixtureRequest, tls: Tls, tmp_path: Path) ->
         if importlib.util.find_spec("ucxx") is None:
             pytest.skip("ucxx is not installed: it has wheels for Linux and Python 3.11 only")
         return UcxTransport(open_lane({"TLS": "tcp,sm,self"}))
-    return TcpTransport(tls=tls if request.param == "tcp over TLS" else None)
+    kind = InThreads if request.param.endswith("in threads") else TcpTransport
+    return kind(tls=tls if "TLS" in request.param else None)
 
 
 async def connect(transport: Transport, server: Server, token: bytes = TOKEN) -> Connection:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
+from hotweights.transports.threads import in_thread
 from hotweights.worker_client.agent.work import OutOfTime, Work
-from hotweights.worker_client.stage.threads import CalledOff, Figures, in_thread, stoppable
+from hotweights.worker_client.stage.threads import CalledOff, Figures, stoppable
 
 
 async def forever() -> None:

@@ -7,18 +7,20 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.worker_client.stage.checkpoints import BUCKET_BYTES, contents, make_image, touch_bytes
 from tests.worker_client.stage.test_base import next_version, stage_whole
 
 from hotweights.transports import base
-from hotweights.transports.base import Connection, Place, Server
+from hotweights.transports.base import Connection, Place, Reads, Server, ThreadConnection
 from hotweights.transports.errors import NotHeld, NotYet, PeerGone
 from hotweights.transports.pace import Pace
 from hotweights.transports.shared import SharedTransport
 from hotweights.transports.tcp import TcpTransport
 from hotweights.transports.tcp_server import Limits
+from hotweights.transports.threads import Stop
 from hotweights.v1.worker_service_pb2 import Source
 from hotweights.worker_client.image.delta import make_delta
 from hotweights.worker_client.image.manifest import Image
@@ -648,3 +650,133 @@ async def test_a_limit_of_bandwidth_counts_what_came_as_a_delta(
         node.image, node.bases = step, {image.digest: image}
     pace = Pace(step.size_bytes / 100)  # as plain buckets it would take 100 s
     await asyncio.wait_for(fetch_step(step, image, nodes, tmp_path / "stage", pace=pace), 20)
+
+
+@dataclass(eq=False)
+class Threaded:
+    """A connection that is read from in threads, with faults to order by the number of a wish."""
+
+    connection: Connection
+    gone_at_ask: int = -1
+    gone_at_take: int = -1
+    altered: set[int] = field(default_factory=set)
+    way: str = "tcp"
+    origin: str = ""
+    asked: int = 0
+    runs: int = 0
+
+    async def in_thread(self, work: Callable[[Reads, Stop], object]) -> bool:
+        assert isinstance(self.connection, ThreadConnection)
+        self.runs += 1
+        return await self.connection.in_thread(lambda reads, stop: work(Faulty(self, reads), stop))
+
+    async def read_into(self, *_: object, **__: object) -> int:
+        raise AssertionError("it reads in threads")
+
+    def doubt(self, image: bytes, file: int, origin: str) -> bool:
+        return False
+
+    async def close(self) -> None:
+        await self.connection.close()
+
+
+@dataclass
+class Faulty:
+    of: Threaded
+    reads: Reads
+
+    def ask(self, image: bytes, file: int, offset: int, size: int, base: bytes | None = None) -> None:
+        self.of.asked += 1
+        if self.of.asked == self.of.gone_at_ask:
+            raise PeerGone("node-0", "ended the connection")
+        self.reads.ask(image, file, offset, size, base)
+
+    def take(self, into: memoryview, *, deadline_s: float) -> int:
+        if self.of.asked == self.of.gone_at_take:
+            raise PeerGone("node-0", "ended the connection")
+        altered = self.of.asked in self.of.altered
+        size = self.reads.take(into, deadline_s=deadline_s)
+        if altered:
+            into[0] ^= 1
+        return size
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        {"gone_at_ask": 1},
+        {"gone_at_ask": 3},
+        {"gone_at_take": 1},
+        {"gone_at_take": 3},
+        {"altered": {2}},
+        {"altered": {2}, "gone_at_take": 3},
+        {"altered": {2}, "gone_at_ask": 3},
+        {"altered": {2, 3}},
+    ],
+    ids=str,
+)
+async def test_what_a_thread_does_not_bring_is_brought_by_the_next(
+    image: Image, nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch, faults: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(fetch, "REST_S", 0.0)
+    opened: list[Threaded] = []
+
+    async def open_source(source: Source) -> Connection:
+        opened.append(Threaded(await connect(source), **({} if opened else faults)))
+        return opened[-1]
+
+    told: list[int] = []
+    tally = Tally()
+    fetching = Fetch(
+        *(partial, sources(nodes[:1]), open_source, lambda done, total: told.append(done)), parallel=1, tally=tally
+    )
+    await asyncio.wait_for(fetching.run(), 10)
+    assert contents(partial.folder) == contents(image.folder)
+    assert len(opened) == 2
+    assert told == sorted(set(told))
+    assert told[-1] == tally.wire_bytes == image.size_bytes
+    assert not tally.left
+
+
+async def test_a_thread_brings_bucket_after_bucket_and_none_before_there_is_room(
+    image: Image, nodes: list[Node], partial: Partial
+) -> None:
+    opened: list[Threaded] = []
+
+    async def open_source(source: Source) -> Connection:
+        opened.append(Threaded(await connect(source)))
+        return opened[-1]
+
+    with_room = asyncio.Event()
+
+    async def room(index: int) -> None:
+        await with_room.wait()
+
+    running = asyncio.ensure_future(
+        Fetch(partial, sources(nodes[:1]), open_source, no_progress, room=room, parallel=1).run()
+    )
+    await asyncio.sleep(0.1)
+    assert not opened
+    with_room.set()
+    await asyncio.wait_for(running, 10)
+    assert opened[0].runs == len(image.manifest.buckets)  # each waited for its room on the loop
+
+    missing = len(image.manifest.buckets)
+    partial.missing = set(range(missing))
+    opened.clear()
+    await Fetch(partial, sources(nodes[:1]), open_source, no_progress, parallel=1).run()
+    assert opened[0].runs == 1
+    assert opened[0].asked == missing
+
+
+async def test_a_limit_of_the_rate_is_kept_on_the_loop(image: Image, nodes: list[Node], partial: Partial) -> None:
+    opened: list[Threaded] = []
+
+    async def open_source(source: Source) -> Connection:
+        opened.append(Threaded(await connect(source)))
+        return opened[-1]
+
+    fetching = Fetch(partial, sources(nodes[:1]), open_source, no_progress, pace=Pace(1e9))
+    with pytest.raises(AssertionError, match="reads in threads"):
+        await fetching.run()
+    assert not sum(connection.runs for connection in opened)

@@ -1,8 +1,9 @@
-"""The interface of a transport, seven methods in all, and the same promises from every one of them.
+"""The interface of a transport, and the same promises from every one of them.
 
     reader                                         source
     Transport.connect(address, token)              Transport.serve(source, listen, check)
         Connection.read_into(range, memory) -----> check(token, image), source.open(range)
+        or in_thread, where it has that: ask, take
                                             <----- its bytes, straight into the reader's memory
           the same with a base              -----> and source.delta(range, base)
                                             <----- what changed, where that is less
@@ -21,11 +22,13 @@ What is promised, and proven by tests/transports/test_conformance.py:
 import asyncio
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from hotweights.transports.errors import NotHeld, NotYet
+from hotweights.transports.threads import Stop
 
 # The largest range one read may ask for: sources may have to hold it in memory.
 RANGE_BYTES_MAX = 1 << 30
@@ -180,6 +183,28 @@ class Connection(Protocol):
 
     async def close(self) -> None:
         """Idempotent. A read under way ends with PeerGone."""
+
+
+class Reads(Protocol):
+    """What a thread reads over one connection: `ask`, then `take`; the next may be asked for when one was taken."""
+
+    def ask(self, image: bytes, file: int, offset: int, size: int, base: bytes | None = None) -> None:
+        """Sends a wish, as of Connection.read_into, and does not wait for the answer. Raises PeerGone."""
+
+    def take(self, into: memoryview, *, deadline_s: float) -> int:
+        """Fills `into` with what was asked for: see Connection.read_into."""
+
+
+@runtime_checkable
+class ThreadConnection(Connection, Protocol):
+    """A connection that may be read from in a thread too: many buckets in a row, and the event loop hears of none."""
+
+    async def in_thread(self, work: Callable[[Reads, Stop], object]) -> bool:
+        """Runs `work(reads, stop)` in a thread, in this connection's turn; False at once where there is none for it.
+
+        Called off, it ends the read under way, makes `stop()` true and waits until the thread has let go. Raises what
+        `work` raises. A read that failed, or was asked for and not taken, closes the connection as in read_into.
+        """
 
 
 class Transport(Protocol):

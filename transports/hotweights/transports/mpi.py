@@ -28,6 +28,8 @@ BROADCAST = "mpi"
 class MpiConnection(TcpConnection):
     """See base.Connection. Made by MpiTransport.connect."""
 
+    _in_threads = False
+
     def __init__(self, line: Line, address: str, can: frames.Can, lane: MpiLane) -> None:
         super().__init__(line, address, can, BROADCAST)
         self._lane = lane

@@ -6,20 +6,28 @@ a token; see frames.py for the rest.
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 from hotweights.transports import frames
 from hotweights.transports.address import format_address, parse_address
-from hotweights.transports.base import BucketSource, Place, TokenCheck, check_range, check_token
+from hotweights.transports.base import BucketSource, Place, Reads, TokenCheck, check_range, check_token
 from hotweights.transports.errors import DeadlinePassed, NotHeld, NotYet, PeerGone, TlsFailed, TokenRefused
-from hotweights.transports.line import Line, NoTls, PlainLine, Tls, TlsLine
+from hotweights.transports.line import Late, Line, NoTls, PlainLine, Tls, TlsLine
 from hotweights.transports.mpi_lane import MpiLane
 from hotweights.transports.pace import Pace
 from hotweights.transports.tcp_server import Limits, TcpServer, Warn, log_all
+from hotweights.transports.threads import Spare, Stop, drive
 from hotweights.transports.ucx_lane import Lane
 
 T = TypeVar("T")
+
+# Each reads over one connection; the other connections of a process go over the event loop.
+THREADS_MAX = 16
+SEND_S = 10.0  # for a wish, of which others wait at the source
+_THREADS = Spare(THREADS_MAX, "hotweights-read")
 
 LISTEN = "127.0.0.1:0"
 BACKLOG = 128
@@ -27,7 +35,10 @@ _ANY = ("0.0.0.0", "::")
 
 
 class TcpConnection:
-    """See base.Connection. Made by TcpTransport.connect."""
+    """See base.Connection and base.ThreadConnection. Made by TcpTransport.connect."""
+
+    _in_threads = True
+    """Whether reading waits for nothing but the line."""
 
     def __init__(self, line: Line, address: str, can: frames.Can, way: str = "tcp") -> None:
         self.way = way
@@ -40,17 +51,11 @@ class TcpConnection:
     async def read_into(
         self, image: bytes, file: int, offset: int, into: memoryview, *, deadline_s: float, base: bytes | None = None
     ) -> int:
-        check_range(image, offset, into.nbytes, base)
-        if frames.Can.DELTAS not in self._can:
-            base = None
+        wish = self.wish(image, file, offset, into.nbytes, base)
         try:
-            return await asyncio.wait_for(self._read(image, file, offset, into.cast("B"), base), deadline_s)
+            return await asyncio.wait_for(self._in_turn(lambda: self._ask(wish, into.cast("B"))), deadline_s)
         except asyncio.TimeoutError:
             raise DeadlinePassed(self._address, "reading", deadline_s) from None
-
-    async def _read(self, image: bytes, file: int, offset: int, into: memoryview, base: bytes | None) -> int:
-        wish = frames.Read(image, file, offset, len(into), base)
-        return await self._in_turn(lambda: self._ask(wish, into))
 
     async def _in_turn(self, ask: Callable[[], Awaitable[T]]) -> T:
         """One question and its answer, after those before it."""
@@ -59,20 +64,61 @@ class TcpConnection:
                 raise PeerGone(self._address, "the connection is closed")
             whole = False
             try:
-                answer = await ask()
+                with self._in_words():
+                    answer = await ask()
                 whole = True
                 return answer
             except (NotHeld, NotYet):
                 whole = True
                 raise
-            except NoTls as error:
-                raise TlsFailed(self._address, str(error)) from error
-            except (frames.Ended, frames.Garbage, OSError) as error:
-                raise PeerGone(self._address, str(error)) from error
             finally:
                 # Between two frames no longer, for whatever reason: nothing read later would be right.
                 if not whole or self._closed:
                     self._drop()
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """What may go wrong with the line is raised as a TransportError."""
+        try:
+            yield
+        except NoTls as error:
+            raise TlsFailed(self._address, str(error)) from error
+        except (frames.Ended, frames.Garbage, OSError) as error:
+            raise PeerGone(self._address, str(error)) from error
+
+    async def in_thread(self, work: Callable[[Reads, Stop], object]) -> bool:
+        """See base.ThreadConnection."""
+        if not self._in_threads:
+            return False
+        async with self._turn:
+            if self._closed:
+                raise PeerGone(self._address, "the connection is closed")
+            reads = _Reads(self)
+            try:
+                return await _THREADS.run(lambda stop: work(reads, stop), self._interrupt)
+            finally:
+                if reads.due is not None or self._closed:
+                    self._drop()
+
+    def wish(self, image: bytes, file: int, offset: int, size: int, base: bytes | None) -> frames.Read:
+        check_range(image, offset, size, base)
+        return frames.Read(image, file, offset, size, base if frames.Can.DELTAS in self._can else None)
+
+    def block(self, work: Coroutine[Any, Any, T], deadline_s: float) -> T:
+        """In a thread: the same as on the loop, on a line that blocks. Raises TransportError."""
+        self._line.block_until(time.monotonic() + deadline_s)
+        try:
+            with self._in_words():
+                return drive(work)
+        except Late:
+            raise DeadlinePassed(self._address, "reading", deadline_s) from None
+        finally:
+            self._line.block_until(None)
+
+    def _interrupt(self) -> None:
+        """Whoever waits in a thread wakes up."""
+        with suppress(OSError):  # not connected any more, which wakes as well
+            self._line.shut_down()
 
     async def locate(self, image: bytes, file: int, *, deadline_s: float) -> Place | None:
         """Where the source says that others find a file themselves. Raises TransportError."""
@@ -90,7 +136,13 @@ class TcpConnection:
 
     async def _ask(self, wish: frames.Read, into: memoryview) -> int:
         """One read, and its answer: how many bytes came. Raises TransportError, Garbage, Ended, OSError, NoTls."""
+        await self.send(wish)
+        return await self.receive(wish, into)
+
+    async def send(self, wish: frames.Read) -> None:
         await self._line.send(frames.read(wish.image, wish.file, wish.offset, wish.size, wish.base))
+
+    async def receive(self, wish: frames.Read, into: memoryview) -> int:
         size = check_size(frames.parse_data(*await self._answer(wish)), wish)
         await frames.receive_into(self._line, into[:size], midway=True)
         return size
@@ -137,6 +189,33 @@ class TcpConnection:
     def _drop(self) -> None:
         self._closed = True
         self._line.close()
+
+
+class _Reads:
+    """See base.Reads."""
+
+    def __init__(self, connection: TcpConnection) -> None:
+        self._connection = connection
+        self.due: frames.Read | None = None
+        """What was asked for, and is not known to have come: the connection is between two frames if there is none."""
+
+    def ask(self, image: bytes, file: int, offset: int, size: int, base: bytes | None = None) -> None:
+        wish = self._connection.wish(image, file, offset, size, base)
+        if self.due is not None:
+            raise RuntimeError("the answer before was not taken")
+        self.due = wish
+        self._connection.block(self._connection.send(wish), SEND_S)
+
+    def take(self, into: memoryview, *, deadline_s: float) -> int:
+        if self.due is None:
+            raise RuntimeError("nothing was asked for")
+        try:
+            size = self._connection.block(self._connection.receive(self.due, into.cast("B")), deadline_s)
+        except (NotHeld, NotYet):
+            self.due = None
+            raise
+        self.due = None
+        return size
 
 
 def check_size(size: int, wish: frames.Read) -> int:

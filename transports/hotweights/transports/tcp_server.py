@@ -10,6 +10,7 @@ notice nothing. Strangers never take a reader's place: beyond their limits the o
 import asyncio
 import logging
 import socket
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -292,7 +293,11 @@ class TcpServer:
 
 
 async def _within(seconds: float, wait: Awaitable[T]) -> T:
-    return await asyncio.wait_for(wait, seconds)
+    """Raises asyncio.TimeoutError."""
+    if sys.version_info < (3, 11):
+        return await asyncio.wait_for(wait, seconds)
+    async with asyncio.timeout(seconds):  # without a task of its own
+        return await wait
 
 
 def _shut_down(sock: socket.socket) -> None:

@@ -34,6 +34,8 @@ AGAIN_S = 600.0
 class UcxConnection(TcpConnection):
     """See base.Connection. Made by UcxTransport.connect."""
 
+    _in_threads = False
+
     def __init__(
         self, line: Line, address: str, can: frames.Can, lane: Lane, token: bytes, unreached: dict[str, float]
     ) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import grpc
 
+from hotweights.transports.threads import in_thread
 from hotweights.v1 import agent_service_pb2 as pb
 from hotweights.v1 import coordinator_service_pb2, fleet_pb2, model_pb2
 from hotweights.v1 import worker_service_pb2 as worker_pb
@@ -33,7 +34,6 @@ from hotweights.worker_client.config import Config
 from hotweights.worker_client.session import Session
 from hotweights.worker_client.stage.errors import ImageAltered
 from hotweights.worker_client.stage.stage import Stage
-from hotweights.worker_client.stage.threads import in_thread
 
 log = logging.getLogger(__name__)
 

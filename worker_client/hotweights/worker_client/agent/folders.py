@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
+from hotweights.transports.threads import in_thread
 from hotweights.worker_client.agent.work import Work
 from hotweights.worker_client.image.errors import FolderChanged, ImageError
 from hotweights.worker_client.image.manifest import Image, build_manifest
-from hotweights.worker_client.stage.threads import Figures, in_thread, stoppable
+from hotweights.worker_client.stage.threads import Figures, stoppable
 
 log = logging.getLogger(__name__)
 

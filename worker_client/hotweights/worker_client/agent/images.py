@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from hotweights.transports.pace import Pace
+from hotweights.transports.threads import in_thread, outlast
 from hotweights.v1 import worker_service_pb2
 from hotweights.wire import failpoints
 from hotweights.worker_client.agent.folders import Folders
@@ -22,7 +23,7 @@ from hotweights.worker_client.stage.errors import SourcesFailed, StageFull
 from hotweights.worker_client.stage.fetch import PARALLEL, Fetch, Open, Received, Tally
 from hotweights.worker_client.stage.partial import Partial, Progress
 from hotweights.worker_client.stage.stage import Stage
-from hotweights.worker_client.stage.threads import Figures, in_thread, outlast, stoppable
+from hotweights.worker_client.stage.threads import Figures, stoppable
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hotweights.transports import cuda_ipc
 from hotweights.transports.errors import TransportError
+from hotweights.transports.threads import in_thread
 from hotweights.v1 import agent_service_pb2 as pb
 from hotweights.v1 import manifest_pb2
 from hotweights.wire.errors import Refused
@@ -22,7 +23,7 @@ from hotweights.worker_client.agent.lending import LENT_MAX, Lending
 from hotweights.worker_client.config import BadSetting
 from hotweights.worker_client.image.layout import ALIGNED_BYTES, Layout
 from hotweights.worker_client.stage.stage import Stage
-from hotweights.worker_client.stage.threads import CalledOff, in_thread
+from hotweights.worker_client.stage.threads import CalledOff
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ Taking all of it first would be time in which nothing comes, the more the larger
 
 import asyncio
 
+from hotweights.transports.threads import in_thread, outlast
 from hotweights.worker_client.stage.partial import Partial
 from hotweights.worker_client.stage.stage import Stage
-from hotweights.worker_client.stage.threads import in_thread, outlast
 
 
 class Allocating:

@@ -15,19 +15,21 @@ whose deltas do not fit is asked for plain buckets.
 
 import asyncio
 import logging
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from hotweights.transports.base import Connection
+from hotweights.transports.base import Connection, Reads, ThreadConnection
 from hotweights.transports.errors import NotHeld, NotYet, TokenRefused, TransportError
 from hotweights.transports.pace import Pace
+from hotweights.transports.threads import Stop, in_thread, outlast
 from hotweights.v1 import manifest_pb2
 from hotweights.v1.worker_service_pb2 import Source, SourceLeft
 from hotweights.worker_client.stage.base import Base
 from hotweights.worker_client.stage.errors import SourcesFailed
 from hotweights.worker_client.stage.partial import Partial, Progress
-from hotweights.worker_client.stage.threads import in_thread, outlast
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ NO_FIT_MAX = 2  # sources whose deltas do not fit
 LEFT_MAX = 64
 WRONG_MAX = 2  # buckets of one source
 REST_S = 0.2  # after the first failure; doubles
+RUN_S = 0.25  # of bucket after bucket in a thread, until the next source is chosen anew
 
 
 Open = Callable[[Source], Awaitable[Connection]]
@@ -108,6 +111,16 @@ class _Came:
     """What came instead of the bucket."""
 
 
+@dataclass
+class _Run:
+    """Buckets that a thread fetches over one connection, one after the other."""
+
+    index: int | None
+    """The one that has not come yet."""
+    wrong: list[_Came] = field(default_factory=list)
+    """What came and is not the bucket."""
+
+
 class Fetch:
     """One image's way here. `sources` may grow while it runs."""
 
@@ -140,6 +153,7 @@ class Fetch:
         self._standings: dict[str, _Standing] = {}
         self._wrong: Counter[str] = Counter()
         self._no_deltas: set[str] = set()
+        self._lock = threading.Lock()  # of the tally
         self._broken: set[Connection] = set()
         """Over which wrong bytes came: it may be the way, so no more is asked for there."""
 
@@ -149,7 +163,7 @@ class Fetch:
 
     async def run(self) -> None:
         """Returns with nothing missing. Raises SourcesFailed. The caller's deadline is by cancelling."""
-        self._begun_at = asyncio.get_running_loop().time()
+        self._begun_at = time.monotonic()
         workers = [asyncio.ensure_future(self._work()) for _ in range(min(self._parallel, len(self._todo)))]
         try:
             await asyncio.gather(*workers)
@@ -172,35 +186,34 @@ class Fetch:
                     await judging  # what was wrong is to do again
                     judging = None
                     continue
-                index = self._todo.popleft()
-                if self._room is not None:
-                    await self._room(index)
+                if (index := await self._next()) is None:
+                    continue
                 size = self._partial.manifest.buckets[index].size_bytes
                 source = await self._choose()
                 if source is None:
                     if judging is not None:
                         await judging
                     raise SourcesFailed(self._partial.digest, self._reasons())
-                useless = used is not source or connection in self._broken or self._pace.delay_s(size) > LINGER_S
-                if connection is not None and useless:
-                    await connection.close()
-                    connection = None
+                connection = await self._keep(connection, size, is_its=used is source)
                 base = self._base_for(index, source)
+                run = _Run(index)
                 taken = 0 if base is not None else size  # of a delta it is not known before how little comes
                 await self._pace.take(taken)  # before the connection, which a source does not keep for who asks late
                 try:
                     if connection is None:
                         connection, used = await self._open_source(source), source
+                    if await self._run_in_thread(run, connection, source):
+                        continue
                     came = await self._receive(connection, source, index, base)
                     if judging is not None:
                         await judging
                     judging = asyncio.ensure_future(self._judge(came))
                 except (NotYet, NotHeld) as error:
-                    self._todo.appendleft(index)
+                    self._put_back(run)
                     self._pace.give_back(taken)
                     await self._wait_for(source, error)
                 except TransportError as error:
-                    self._todo.appendleft(index)
+                    self._put_back(run)
                     self._struck(source, error)
                     if connection is not None:
                         await connection.close()
@@ -212,12 +225,81 @@ class Fetch:
             if connection is not None:
                 await connection.close()
 
+    async def _keep(self, connection: Connection | None, size: int, *, is_its: bool) -> Connection | None:
+        """The connection if it is worth asking there, of the source that was chosen; else it is closed."""
+        if is_its and connection not in self._broken and self._pace.delay_s(size) <= LINGER_S:
+            return connection
+        if connection is not None:
+            await connection.close()
+        return None
+
+    async def _run_in_thread(self, run: _Run, connection: Connection, source: Source) -> bool:
+        """The bucket and those after it; False where that is not possible. Raises TransportError."""
+        if self._pace.piece_bytes is not None or not isinstance(connection, ThreadConnection):
+            return False
+        try:
+            return await connection.in_thread(lambda reads, stop: self._go_on(run, connection, source, reads, stop))
+        finally:
+            for came in run.wrong:
+                self._refuse(came)
+
+    def _go_on(self, run: _Run, connection: Connection, source: Source, reads: Reads, stop: Stop) -> None:
+        """In a thread, which saves handing every bucket to and fro. Raises TransportError, OSError."""
+        ends = time.monotonic() + RUN_S
+        base = self._ask(run, source, reads)
+        while (index := run.index) is not None:
+            with self._partial.view(index) as place:
+                size = reads.take(place, deadline_s=self._deadline_s(index))
+                came = self._came(index, source, connection, size, base, place)
+            run.index = None if stop() or run.wrong or time.monotonic() > ends else self._next_now()
+            try:
+                base = self._ask(run, source, reads)  # before this one is hashed
+            finally:
+                if self._is_right(came):
+                    self._take(came)
+                else:
+                    run.wrong.append(came)
+
+    def _ask(self, run: _Run, source: Source, reads: Reads) -> Base | None:
+        """For the next bucket of a run, if there is one: the base to which its delta was asked for."""
+        if run.index is None:
+            return None
+        bucket, base = self._partial.manifest.buckets[run.index], self._base_for(run.index, source)
+        wish = self._partial.digest, bucket.file, bucket.offset, bucket.size_bytes
+        reads.ask(*wish, None if base is None else base.digest)
+        return base
+
+    async def _next(self) -> int | None:
+        """A bucket, when there is room for it; None where another worker took the last one."""
+        index = self._pop()
+        if index is not None and self._room is not None:
+            await self._room(index)
+        return index
+
+    def _next_now(self) -> int | None:
+        """A bucket that may be received at once. Thread-safe."""
+        index = self._pop()
+        if index is None or self._room is None or self._partial.has_room(index):
+            return index
+        self._todo.appendleft(index)
+        return None
+
+    def _pop(self) -> int | None:
+        """Thread-safe."""
+        try:
+            return self._todo.popleft()
+        except IndexError:
+            return None
+
+    def _put_back(self, run: _Run) -> None:
+        if run.index is not None:
+            self._todo.appendleft(run.index)
+
     async def _choose(self) -> Source | None:
         """The first source that may be asked now; waits for one that rests if there is no other."""
-        loop = asyncio.get_running_loop()
         while True:
             usable = [source for source in self._sources if not self._is_out(source)]
-            now = loop.time()
+            now = time.monotonic()
             for source in usable:
                 if self._standing(source).rests_until <= now:
                     return source
@@ -232,21 +314,28 @@ class Fetch:
         """Asks for a delta to `base`, where there is one. Raises TransportError."""
         bucket = self._partial.manifest.buckets[index]
         with self._partial.view(index) as place:
-            came = await connection.read_into(
-                self._partial.digest,
-                bucket.file,
-                bucket.offset,
-                place,
-                deadline_s=max(BUCKET_DEADLINE_S, bucket.size_bytes / RATE_MIN),
+            size = await connection.read_into(
+                *(self._partial.digest, bucket.file, bucket.offset, place),
+                deadline_s=self._deadline_s(index),
                 base=None if base is None else base.digest,
             )
-            delta = bytes(place[:came]) if base is not None and came < bucket.size_bytes else None
+            came = self._came(index, source, connection, size, base, place)
         if base is not None:
-            await self._pace.take(came)
-        return _Came(index, source, connection, connection.way, connection.origin, came, base, delta)
+            await self._pace.take(size)
+        return came
+
+    def _deadline_s(self, index: int) -> float:
+        return max(BUCKET_DEADLINE_S, self._partial.manifest.buckets[index].size_bytes / RATE_MIN)
+
+    @staticmethod
+    def _came(
+        index: int, source: Source, connection: Connection, size: int, base: Base | None, place: memoryview
+    ) -> _Came:
+        delta = bytes(place[:size]) if base is not None and size < len(place) else None
+        return _Came(index, source, connection, connection.way, connection.origin, size, base, delta)
 
     async def _judge(self, came: _Came) -> None:
-        """Whether what came is the bucket: if not, it is to do again."""
+        """Whether what came is the bucket."""
         bucket = self._partial.manifest.buckets[came.index]
         if bucket.size_bytes <= HASHED_HERE_BYTES and came.delta is None:
             right = self._is_right(came)
@@ -254,7 +343,12 @@ class Fetch:
             right = await in_thread(lambda _: self._is_right(came))
         if right:
             self._take(came)
-            return
+        else:
+            self._refuse(came)
+
+    def _refuse(self, came: _Came) -> None:
+        """Of a bucket that is wrong: it is to do again."""
+        bucket = self._partial.manifest.buckets[came.index]
         self._todo.appendleft(came.index)
         node = came.source.node_id
         if came.delta is not None:
@@ -274,17 +368,18 @@ class Fetch:
             self._struck(came.source, WrongBytes(f"bucket {came.index} came with wrong bytes"))
 
     def _take(self, came: _Came) -> None:
-        """Of a bucket that is right."""
+        """Of a bucket that is right. Thread-safe."""
         bucket = self._partial.manifest.buckets[came.index]
         if came.base is not None and came.delta is not None and self._received is not None:
             self._received(self._partial.digest, came.base.digest, bucket, came.delta)
-        self._tally.wire_bytes += came.size
-        standing, now = self._standing(came.source), asyncio.get_running_loop().time()
-        standing.failures, standing.grew_at = 0, now
-        self._tally.way = came.way
-        self._fetched_bytes += bucket.size_bytes
-        self._tally.source = came.source.node_id
-        self._tally.bytes_per_s = self._fetched_bytes / max(now - self._begun_at, 1e-3)
+        now = time.monotonic()
+        with self._lock:
+            standing = self._standing(came.source)
+            standing.failures, standing.grew_at = 0, now
+            self._fetched_bytes += bucket.size_bytes
+            self._tally.wire_bytes += came.size
+            self._tally.way, self._tally.source = came.way, came.source.node_id
+            self._tally.bytes_per_s = self._fetched_bytes / max(now - self._begun_at, 1e-3)
         self._partial.mark_good(came.index)
         self._progress(self._partial.bytes_done, self._partial.bytes_total)
 
@@ -302,7 +397,7 @@ class Fetch:
 
     async def _wait_for(self, source: Source, error: NotYet | NotHeld) -> None:
         """Of a source that does not have a bucket: whether it may be asked again soon, later or never."""
-        standing, now = self._standing(source), asyncio.get_running_loop().time()
+        standing, now = self._standing(source), time.monotonic()
         if isinstance(error, NotHeld) and not source.staging:
             self._struck(source, error)
             return
@@ -336,7 +431,7 @@ class Fetch:
         standing.why = str(error)
         lied = self._wrong[source.node_id] >= WRONG_MAX
         standing.out = isinstance(error, NotHeld | TokenRefused) or standing.failures >= FAILURES_MAX or lied
-        standing.rests_until = asyncio.get_running_loop().time() + REST_S * 2 ** (standing.failures - 1)
+        standing.rests_until = time.monotonic() + REST_S * 2 ** (standing.failures - 1)
         log.warning("source %s: %s%s", source.node_id, error, "; given up" if standing.out else "")
         is_news = not was_out and (standing.out or isinstance(error, Stalled))
         if is_news and len(self._tally.left) < LEFT_MAX:

@@ -1,12 +1,6 @@
-"""Blocking work beside the event loop that can be called off."""
+"""What blocking work in a thread tells of itself, and how it hears that it is called off."""
 
-import asyncio
-import threading
 from collections.abc import Callable
-from contextlib import suppress
-from typing import TypeVar
-
-T = TypeVar("T")
 
 
 class CalledOff(Exception):
@@ -35,27 +29,3 @@ class Figures:
 
     def read(self) -> tuple[int, int]:
         return self._now
-
-
-async def in_thread(work: Callable[[Callable[[], bool]], T]) -> T:
-    """Runs `work(stop)` in a thread. Cancelled, it makes `stop()` true and waits until the thread has let go.
-
-    So what the thread uses (a mapped file, say) may be closed afterwards.
-    """
-    stopped = threading.Event()
-    running = asyncio.ensure_future(asyncio.to_thread(work, stopped.is_set))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        stopped.set()
-        await outlast(running)
-        raise
-
-
-async def outlast(work: "asyncio.Future[T]") -> None:
-    """Waits until work that was called off has ended, however often who waits is called off himself."""
-    while not work.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait({work})
-    if not work.cancelled():
-        work.exception()  # looked at: nobody else will
