@@ -23,11 +23,13 @@ from hotweights.transports.tcp_server import Limits
 from hotweights.transports.threads import Stop
 from hotweights.v1.worker_service_pb2 import Source
 from hotweights.worker_client.image.delta import make_delta
+from hotweights.worker_client.image.digests import PieceHasher
 from hotweights.worker_client.image.manifest import Image
 from hotweights.worker_client.image.reader import BucketReader
 from hotweights.worker_client.stage import fetch
+from hotweights.worker_client.stage.buckets import BucketVerifier
 from hotweights.worker_client.stage.errors import SourcesFailed
-from hotweights.worker_client.stage.fetch import Fetch, Tally
+from hotweights.worker_client.stage.fetch import Fetch, Open, Tally
 from hotweights.worker_client.stage.partial import Partial
 from hotweights.worker_client.stage.stage import Stage
 
@@ -122,6 +124,45 @@ async def connect(source: Source) -> Connection:
     return await TcpTransport().connect(source.data_endpoint, token=source.token, deadline_s=5)
 
 
+class OnLoop:
+    """A connection that is not read from in threads."""
+
+    way, origin = "tcp", ""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.doubt, self.close = connection.doubt, connection.close
+
+    async def read_into(
+        self, image: bytes, file: int, offset: int, into: memoryview, *, deadline_s: float, base: bytes | None = None
+    ) -> int:
+        return await self._connection.read_into(image, file, offset, into, deadline_s=deadline_s, base=base)
+
+
+async def connect_on_loop(source: Source) -> Connection:
+    return OnLoop(await connect(source))
+
+
+both_ways = pytest.mark.parametrize("open_source", [connect, connect_on_loop], ids=["in threads", "on the loop"])
+
+
+def before_verifying(monkeypatch: pytest.MonkeyPatch, first: Callable[[], object]) -> None:
+    """`first` is called in the thread in which it is found out whether a bucket is right."""
+    monkeypatch.setattr(fetch, "HASHED_HERE_BYTES", 0)
+    matches, confirms = Partial.matches, BucketVerifier.confirms
+
+    def matches_then(self: Partial, index: int) -> bool:
+        first()
+        return matches(self, index)
+
+    def confirms_then(self: BucketVerifier, index: int, hasher: PieceHasher) -> bool:
+        first()
+        return confirms(self, index, hasher)
+
+    monkeypatch.setattr(Partial, "matches", matches_then)
+    monkeypatch.setattr(BucketVerifier, "confirms", confirms_then)
+
+
 def no_progress(bytes_done: int, bytes_total: int) -> None: ...
 
 
@@ -200,21 +241,20 @@ async def until(holds: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
+@both_ways
 async def test_the_next_bucket_is_received_while_the_one_before_is_verified(
-    image: Image, nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch
+    image: Image, nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch, open_source: Open
 ) -> None:
-    monkeypatch.setattr(fetch, "HASHED_HERE_BYTES", 0)
-    real, asked_while_verifying = Partial.matches, list[int]()
+    asked_while_verifying: list[int] = []
 
-    def matches(self: Partial, index: int) -> bool:
+    def wait() -> None:
         ends = time.monotonic() + 5
         while not asked_while_verifying and sum(nodes[0].asked.values()) < 2 and time.monotonic() < ends:
             time.sleep(0.005)
         asked_while_verifying.append(sum(nodes[0].asked.values()))
-        return real(self, index)
 
-    monkeypatch.setattr(Partial, "matches", matches)
-    await Fetch(partial, sources(nodes[:1]), connect, no_progress, parallel=1).run()
+    before_verifying(monkeypatch, wait)
+    await Fetch(partial, sources(nodes[:1]), open_source, no_progress, parallel=1).run()
     assert contents(partial.folder) == contents(image.folder)
     assert asked_while_verifying[0] == 2
     assert sum(nodes[0].asked.values()) == len(image.manifest.buckets)
@@ -292,23 +332,20 @@ class Gate:
     """Holds every thread that verifies until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(fetch, "HASHED_HERE_BYTES", 0)
         self.inside, self.open = threading.Event(), threading.Event()
-        real = Partial.matches
+        before_verifying(monkeypatch, self._hold)
 
-        def matches(partial: Partial, index: int) -> bool:
-            self.inside.set()
-            assert self.open.wait(10)
-            return real(partial, index)
-
-        monkeypatch.setattr(Partial, "matches", matches)
+    def _hold(self) -> None:
+        self.inside.set()
+        assert self.open.wait(10)
 
 
+@both_ways
 async def test_called_off_ever_so_often_it_ends_when_no_thread_is_at_it_any_more(
-    nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch
+    nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch, open_source: Open
 ) -> None:
     gate = Gate(monkeypatch)
-    running = asyncio.ensure_future(Fetch(partial, sources(nodes), connect, no_progress, parallel=1).run())
+    running = asyncio.ensure_future(Fetch(partial, sources(nodes), open_source, no_progress, parallel=1).run())
     await until(gate.inside.is_set)
     for _ in range(3):
         running.cancel()
@@ -319,8 +356,9 @@ async def test_called_off_ever_so_often_it_ends_when_no_thread_is_at_it_any_more
     assert running.cancelled()
 
 
+@both_ways
 async def test_failed_and_then_called_off_it_waits_for_its_threads_too(
-    nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch
+    nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch, open_source: Open
 ) -> None:
     gate = Gate(monkeypatch)
 
@@ -329,7 +367,7 @@ async def test_failed_and_then_called_off_it_waits_for_its_threads_too(
             await until(gate.inside.is_set)
             raise OSError("no room")
 
-    running = asyncio.ensure_future(Fetch(partial, sources(nodes), connect, no_progress, room=room).run())
+    running = asyncio.ensure_future(Fetch(partial, sources(nodes), open_source, no_progress, room=room).run())
     await until(gate.inside.is_set)
     await asyncio.sleep(0.1)
     running.cancel()
@@ -340,25 +378,21 @@ async def test_failed_and_then_called_off_it_waits_for_its_threads_too(
     assert running.done()
 
 
+@both_ways
 async def test_what_came_right_counts_though_nobody_has_the_rest(
-    image: Image, nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch
+    image: Image, nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch, open_source: Open
 ) -> None:
-    monkeypatch.setattr(fetch, "HASHED_HERE_BYTES", 0)
-    real_matches, real_open = Partial.matches, Node.open
-
-    def slow(self: Partial, index: int) -> bool:
-        time.sleep(0.2)
-        return real_matches(self, index)
+    real_open = Node.open
 
     def only_one(self: Node, digest: bytes, file: int, offset: int, size: int) -> memoryview:
         if self.asked:
             raise NotHeld(digest, file, offset, size)
         return real_open(self, digest, file, offset, size)
 
-    monkeypatch.setattr(Partial, "matches", slow)
+    before_verifying(monkeypatch, lambda: time.sleep(0.2))
     monkeypatch.setattr(Node, "open", only_one)
     with pytest.raises(SourcesFailed):
-        await Fetch(partial, sources(nodes[:1]), connect, no_progress, parallel=1).run()
+        await Fetch(partial, sources(nodes[:1]), open_source, no_progress, parallel=1).run()
     assert len(partial.missing) == len(image.manifest.buckets) - 1
 
 
@@ -663,6 +697,7 @@ class Threaded:
     way: str = "tcp"
     origin: str = ""
     asked: int = 0
+    taken: int = 0
     runs: int = 0
 
     async def in_thread(self, work: Callable[[Reads, Stop], object]) -> bool:
@@ -691,14 +726,18 @@ class Faulty:
             raise PeerGone("node-0", "ended the connection")
         self.reads.ask(image, file, offset, size, base)
 
-    def take(self, into: memoryview, *, deadline_s: float) -> int:
-        if self.of.asked == self.of.gone_at_take:
+    def take(self, into: memoryview, *, deadline_s: float, came: Callable[[memoryview], object] | None = None) -> int:
+        self.of.taken += 1
+        if self.of.taken == self.of.gone_at_take:
             raise PeerGone("node-0", "ended the connection")
-        altered = self.of.asked in self.of.altered
-        size = self.reads.take(into, deadline_s=deadline_s)
-        if altered:
-            into[0] ^= 1
-        return size
+
+        def spoil(part: memoryview) -> None:
+            if self.of.taken in self.of.altered:
+                part[0] ^= 1
+            if came is not None:
+                came(part)
+
+        return self.reads.take(into, deadline_s=deadline_s, came=spoil)
 
 
 @pytest.mark.parametrize(

@@ -186,13 +186,19 @@ class Connection(Protocol):
 
 
 class Reads(Protocol):
-    """What a thread reads over one connection: `ask`, then `take`; the next may be asked for when one was taken."""
+    """What a thread reads over one connection: `ask`, then `take`, and one more may be asked for meanwhile."""
 
     def ask(self, image: bytes, file: int, offset: int, size: int, base: bytes | None = None) -> None:
-        """Sends a wish, as of Connection.read_into, and does not wait for the answer. Raises PeerGone."""
+        """Sends a wish, as of Connection.read_into, and does not wait for the answer. Raises PeerGone.
 
-    def take(self, into: memoryview, *, deadline_s: float) -> int:
-        """Fills `into` with what was asked for: see Connection.read_into."""
+        After the one before was taken, or in its `came`.
+        """
+
+    def take(self, into: memoryview, *, deadline_s: float, came: Callable[[memoryview], object] | None = None) -> int:
+        """Fills `into` with what was asked for: see Connection.read_into.
+
+        `came` is given each part of a range as soon as it is there; of a delta none.
+        """
 
 
 @runtime_checkable
@@ -203,7 +209,8 @@ class ThreadConnection(Connection, Protocol):
         """Runs `work(reads, stop)` in a thread, in this connection's turn; False at once where there is none for it.
 
         Called off, it ends the read under way, makes `stop()` true and waits until the thread has let go. Raises what
-        `work` raises. A read that failed, or was asked for and not taken, closes the connection as in read_into.
+        `work` raises. A read that failed closes the connection as read_into does, and so does what was asked for
+        and not taken.
         """
 
 

@@ -37,6 +37,7 @@ import asyncio
 import hmac
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
@@ -50,6 +51,7 @@ JOB_BYTES = 16
 PIECE_BYTES_MAX = 4 << 20
 # About a millisecond of copying.
 YIELD_BYTES = 4 << 20
+PART_BYTES = 1 << 20
 _TEXT_BYTES_MAX = 512
 PATH_BYTES_MAX = 4096
 # How a peer that speaks TLS begins: with an alert, or with its handshake.
@@ -338,13 +340,21 @@ async def receive_frame(line: Line) -> tuple[Kind, bytes]:
     return Kind(number), bytes(body)
 
 
-async def receive_into(line: Line, into: memoryview, *, midway: bool) -> None:
-    """Fills `into`. Raises Ended, OSError, NoTls. Has no deadline of its own."""
+async def receive_into(
+    line: Line, into: memoryview, *, midway: bool, came: Callable[[memoryview], object] | None = None
+) -> None:
+    """Fills `into`. `came` is given each part as soon as it is there, PART_BYTES at most: it is in the cache then.
+
+    Raises Ended, OSError, NoTls. Has no deadline of its own.
+    """
     at = unyielded = 0
+    most = len(into) if came is None else PART_BYTES
     while at < len(into):
-        got = await line.receive_some(into[at:])
+        got = await line.receive_some(into[at : at + most])
         if not got:
             raise Ended(midway=midway or at > 0)
+        if came is not None:
+            came(into[at : at + got])
         at += got
         unyielded += got
         if unyielded >= YIELD_BYTES:

@@ -55,8 +55,11 @@ class Late(Exception):
 class Line(Protocol):
     """One side of a connection. One task receives and one sends, at most."""
 
-    def block_until(self, ends: float | None) -> None:
-        """Receiving and sending block until then (time.monotonic), in whatever thread; None: they wait on the loop."""
+    def block_until(self, ends: float | None) -> float | None:
+        """Receiving and sending block until then (time.monotonic), in whatever thread; None: they wait on the loop.
+
+        What was so before.
+        """
 
     async def receive_some(self, into: memoryview) -> int:
         """At least a byte, at most what fits; 0 when the other side has ended. Raises OSError, NoTls."""
@@ -86,8 +89,9 @@ class PlainLine:
         self._low_water = 1
         self._ends: float | None = None
 
-    def block_until(self, ends: float | None) -> None:
-        self._ends = ends
+    def block_until(self, ends: float | None) -> float | None:
+        before, self._ends = self._ends, ends
+        return before
 
     async def receive_some(self, into: memoryview) -> int:
         # What is due wakes us when it is there, not with every packet: on a slow link a fifth of an agent's work.

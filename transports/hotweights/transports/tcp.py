@@ -7,6 +7,7 @@ a token; see frames.py for the rest.
 import asyncio
 import socket
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -97,7 +98,7 @@ class TcpConnection:
             try:
                 return await _THREADS.run(lambda stop: work(reads, stop), self._interrupt)
             finally:
-                if reads.due is not None or self._closed:
+                if reads.due or self._closed:
                     self._drop()
 
     def wish(self, image: bytes, file: int, offset: int, size: int, base: bytes | None) -> frames.Read:
@@ -106,17 +107,18 @@ class TcpConnection:
 
     def block(self, work: Coroutine[Any, Any, T], deadline_s: float) -> T:
         """In a thread: the same as on the loop, on a line that blocks. Raises TransportError."""
-        self._line.block_until(time.monotonic() + deadline_s)
+        before = self._line.block_until(time.monotonic() + deadline_s)
         try:
             with self._in_words():
                 return drive(work)
         except Late:
             raise DeadlinePassed(self._address, "reading", deadline_s) from None
         finally:
-            self._line.block_until(None)
+            self._line.block_until(before)
 
     def _interrupt(self) -> None:
-        """Whoever waits in a thread wakes up."""
+        """Whoever waits in a thread wakes up; nothing is read here any more."""
+        self._closed = True
         with suppress(OSError):  # not connected any more, which wakes as well
             self._line.shut_down()
 
@@ -142,9 +144,11 @@ class TcpConnection:
     async def send(self, wish: frames.Read) -> None:
         await self._line.send(frames.read(wish.image, wish.file, wish.offset, wish.size, wish.base))
 
-    async def receive(self, wish: frames.Read, into: memoryview) -> int:
+    async def receive(
+        self, wish: frames.Read, into: memoryview, came: Callable[[memoryview], object] | None = None
+    ) -> int:
         size = check_size(frames.parse_data(*await self._answer(wish)), wish)
-        await frames.receive_into(self._line, into[:size], midway=True)
+        await frames.receive_into(self._line, into[:size], midway=True, came=came if size == wish.size else None)
         return size
 
     async def _answer(self, wish: frames.Read) -> tuple[frames.Kind, bytes]:
@@ -179,12 +183,7 @@ class TcpConnection:
         if not self._turn.locked():
             self._drop()
             return
-        # The read under way wakes up, finds the end and closes the socket itself.
-        self._closed = True
-        try:
-            self._line.shut_down()
-        except OSError:
-            self._drop()
+        self._interrupt()  # the read under way finds the end, and closes the socket itself
 
     def _drop(self) -> None:
         self._closed = True
@@ -196,25 +195,21 @@ class _Reads:
 
     def __init__(self, connection: TcpConnection) -> None:
         self._connection = connection
-        self.due: frames.Read | None = None
-        """What was asked for, and is not known to have come: the connection is between two frames if there is none."""
+        self.due: deque[frames.Read] = deque()
+        """What was asked for and is not known to have come: the connection is between two frames if there is none."""
 
     def ask(self, image: bytes, file: int, offset: int, size: int, base: bytes | None = None) -> None:
         wish = self._connection.wish(image, file, offset, size, base)
-        if self.due is not None:
-            raise RuntimeError("the answer before was not taken")
-        self.due = wish
+        self.due.append(wish)
         self._connection.block(self._connection.send(wish), SEND_S)
 
-    def take(self, into: memoryview, *, deadline_s: float) -> int:
-        if self.due is None:
-            raise RuntimeError("nothing was asked for")
+    def take(self, into: memoryview, *, deadline_s: float, came: Callable[[memoryview], object] | None = None) -> int:
         try:
-            size = self._connection.block(self._connection.receive(self.due, into.cast("B")), deadline_s)
+            size = self._connection.block(self._connection.receive(self.due[0], into.cast("B"), came), deadline_s)
         except (NotHeld, NotYet):
-            self.due = None
+            self.due.popleft()
             raise
-        self.due = None
+        self.due.popleft()
         return size
 
 

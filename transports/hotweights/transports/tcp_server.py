@@ -189,6 +189,7 @@ class TcpServer:
                 await self._send(line, memoryview(frames.welcome(self._can)))
                 while not self._closing:
                     wait_s = self._limits.idle_s if peer.is_reader else self._limits.hello_s
+                    await asyncio.sleep(0)  # what is there is received and sent without waiting: others get their turn
                     kind, body = await _within(wait_s, frames.receive_frame(line))
                     wish = frames.parse_wish(kind, body)
                     if (why := self._refusal(peer, token, wish)) is not None:
@@ -274,6 +275,7 @@ class TcpServer:
                 with view[at : at + piece] as part:
                     await self._pace.take(len(part))
                     await self._send(line, part)
+                    await asyncio.sleep(0)
 
     async def _cast(self, wish: frames.Read, view: memoryview) -> int | None:
         """In which broadcast a bucket went to the whole job; None where that is not the reader's, or hangs."""

@@ -67,28 +67,43 @@ def hash_bucket(data: memoryview, cuts: Sequence[int]) -> bytes:
     return digest_of(hash_pieces(data, cuts))
 
 
+class PieceHasher:
+    """As hash_pieces, for a bucket whose bytes come one after the other: fastest while they are in the core's cache."""
+
+    def __init__(self, size_bytes: int, cuts: Sequence[int]) -> None:
+        self._ends = iter((*cuts, size_bytes))
+        self._end = next(self._ends)
+        self._hasher, self._position = blake3(), 0
+        self._digests: list[bytes] = []
+
+    def update(self, data: memoryview) -> None:
+        """With the next bytes, no more than there are."""
+        at = 0
+        while at < len(data):
+            step = min(len(data) - at, self._end - self._position)
+            self._hasher.update(data[at : at + step])
+            at += step
+            self._position += step
+            if self._position == self._end:
+                self._digests.append(self._hasher.digest())
+                self._hasher, self._end = blake3(), next(self._ends, self._end)
+
+    def digests(self) -> bytes:
+        """When all bytes have come."""
+        return b"".join(self._digests)
+
+
 def hash_range(file: FileIO, bucket: BucketSpan, buffer: memoryview) -> bytes:
     """As hash_pieces, for a bucket that is in a file, read through `buffer`. Raises ShortFile, OSError."""
     file.seek(bucket.offset)
-    digests: list[bytes] = []
-    ends = iter((*bucket.cuts, bucket.size_bytes))
-    end = next(ends)
-    hasher, position = blake3(), 0
+    hasher, position = PieceHasher(bucket.size_bytes, bucket.cuts), 0
     while position < bucket.size_bytes:
-        wanted = min(len(buffer), bucket.size_bytes - position)
-        got = file.readinto(buffer[:wanted])
+        got = file.readinto(buffer[: min(len(buffer), bucket.size_bytes - position)])
         if not got:
             raise ShortFile(f"the file ends at byte {bucket.offset + position}")
-        at = 0
-        while at < got:
-            step = min(got - at, end - position)
-            hasher.update(buffer[at : at + step])
-            at += step
-            position += step
-            if position == end:
-                digests.append(hasher.digest())
-                hasher, end = blake3(), next(ends, bucket.size_bytes)
-    return b"".join(digests)
+        hasher.update(buffer[:got])
+        position += got
+    return hasher.digests()
 
 
 def file_buckets(size_bytes: int, bucket_bytes: int, tensor_spans: Iterable[tuple[int, int]]) -> Iterator[BucketSpan]:

@@ -21,15 +21,16 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from hotweights.transports.base import Connection, Reads, ThreadConnection
+from hotweights.transports.base import Connection, ThreadConnection
 from hotweights.transports.errors import NotHeld, NotYet, TokenRefused, TransportError
 from hotweights.transports.pace import Pace
-from hotweights.transports.threads import Stop, in_thread, outlast
+from hotweights.transports.threads import in_thread, outlast
 from hotweights.v1 import manifest_pb2
 from hotweights.v1.worker_service_pb2 import Source, SourceLeft
 from hotweights.worker_client.stage.base import Base
 from hotweights.worker_client.stage.errors import SourcesFailed
 from hotweights.worker_client.stage.partial import Partial, Progress
+from hotweights.worker_client.stage.run import Came, Run, came_of
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,6 @@ NO_FIT_MAX = 2  # sources whose deltas do not fit
 LEFT_MAX = 64
 WRONG_MAX = 2  # buckets of one source
 REST_S = 0.2  # after the first failure; doubles
-RUN_S = 0.25  # of bucket after bucket in a thread, until the next source is chosen anew
 
 
 Open = Callable[[Source], Awaitable[Connection]]
@@ -93,34 +93,6 @@ class _Standing:
     """When it was seen to get more of the image: of one that is staging it."""
 
 
-@dataclass
-class _Came:
-    """A bucket that was received, and is not known to be right yet."""
-
-    index: int
-    source: Source
-    connection: Connection
-    way: str
-    origin: str
-    """See Connection.origin."""
-    size: int
-    """Of what came, in bytes."""
-    base: Base | None
-    """To which a delta was asked for."""
-    delta: bytes | None
-    """What came instead of the bucket."""
-
-
-@dataclass
-class _Run:
-    """Buckets that a thread fetches over one connection, one after the other."""
-
-    index: int | None
-    """The one that has not come yet."""
-    wrong: list[_Came] = field(default_factory=list)
-    """What came and is not the bucket."""
-
-
 class Fetch:
     """One image's way here. `sources` may grow while it runs."""
 
@@ -153,7 +125,7 @@ class Fetch:
         self._standings: dict[str, _Standing] = {}
         self._wrong: Counter[str] = Counter()
         self._no_deltas: set[str] = set()
-        self._lock = threading.Lock()  # of the tally
+        self._lock = threading.Lock()  # of the tally, and of what is told: never less than before
         self._broken: set[Connection] = set()
         """Over which wrong bytes came: it may be the way, so no more is asked for there."""
 
@@ -195,25 +167,26 @@ class Fetch:
                         await judging
                     raise SourcesFailed(self._partial.digest, self._reasons())
                 connection = await self._keep(connection, size, is_its=used is source)
-                base = self._base_for(index, source)
-                run = _Run(index)
+                base = self.base_for(index, source)
                 taken = 0 if base is not None else size  # of a delta it is not known before how little comes
                 await self._pace.take(taken)  # before the connection, which a source does not keep for who asks late
+                run: Run | None = None
                 try:
                     if connection is None:
                         connection, used = await self._open_source(source), source
-                    if await self._run_in_thread(run, connection, source):
+                    run = Run(self, self._partial, connection, source, index)
+                    if await self._run_in_thread(run, connection):
                         continue
                     came = await self._receive(connection, source, index, base)
                     if judging is not None:
                         await judging
                     judging = asyncio.ensure_future(self._judge(came))
                 except (NotYet, NotHeld) as error:
-                    self._put_back(run)
+                    self._todo.extendleft([index] if run is None else run.not_come)
                     self._pace.give_back(taken)
                     await self._wait_for(source, error)
                 except TransportError as error:
-                    self._put_back(run)
+                    self._todo.extendleft([index] if run is None else run.not_come)
                     self._struck(source, error)
                     if connection is not None:
                         await connection.close()
@@ -233,41 +206,15 @@ class Fetch:
             await connection.close()
         return None
 
-    async def _run_in_thread(self, run: _Run, connection: Connection, source: Source) -> bool:
+    async def _run_in_thread(self, run: Run, connection: Connection) -> bool:
         """The bucket and those after it; False where that is not possible. Raises TransportError."""
         if self._pace.piece_bytes is not None or not isinstance(connection, ThreadConnection):
             return False
         try:
-            return await connection.in_thread(lambda reads, stop: self._go_on(run, connection, source, reads, stop))
+            return await connection.in_thread(run.go_on)
         finally:
             for came in run.wrong:
                 self._refuse(came)
-
-    def _go_on(self, run: _Run, connection: Connection, source: Source, reads: Reads, stop: Stop) -> None:
-        """In a thread, which saves handing every bucket to and fro. Raises TransportError, OSError."""
-        ends = time.monotonic() + RUN_S
-        base = self._ask(run, source, reads)
-        while (index := run.index) is not None:
-            with self._partial.view(index) as place:
-                size = reads.take(place, deadline_s=self._deadline_s(index))
-                came = self._came(index, source, connection, size, base, place)
-            run.index = None if stop() or run.wrong or time.monotonic() > ends else self._next_now()
-            try:
-                base = self._ask(run, source, reads)  # before this one is hashed
-            finally:
-                if self._is_right(came):
-                    self._take(came)
-                else:
-                    run.wrong.append(came)
-
-    def _ask(self, run: _Run, source: Source, reads: Reads) -> Base | None:
-        """For the next bucket of a run, if there is one: the base to which its delta was asked for."""
-        if run.index is None:
-            return None
-        bucket, base = self._partial.manifest.buckets[run.index], self._base_for(run.index, source)
-        wish = self._partial.digest, bucket.file, bucket.offset, bucket.size_bytes
-        reads.ask(*wish, None if base is None else base.digest)
-        return base
 
     async def _next(self) -> int | None:
         """A bucket, when there is room for it; None where another worker took the last one."""
@@ -276,7 +223,7 @@ class Fetch:
             await self._room(index)
         return index
 
-    def _next_now(self) -> int | None:
+    def next_now(self) -> int | None:
         """A bucket that may be received at once. Thread-safe."""
         index = self._pop()
         if index is None or self._room is None or self._partial.has_room(index):
@@ -290,10 +237,6 @@ class Fetch:
             return self._todo.popleft()
         except IndexError:
             return None
-
-    def _put_back(self, run: _Run) -> None:
-        if run.index is not None:
-            self._todo.appendleft(run.index)
 
     async def _choose(self) -> Source | None:
         """The first source that may be asked now; waits for one that rests if there is no other."""
@@ -310,31 +253,24 @@ class Fetch:
     def _is_out(self, source: Source) -> bool:
         return self._standing(source).out or self._wrong[source.node_id] >= WRONG_MAX
 
-    async def _receive(self, connection: Connection, source: Source, index: int, base: Base | None) -> _Came:
+    async def _receive(self, connection: Connection, source: Source, index: int, base: Base | None) -> Came:
         """Asks for a delta to `base`, where there is one. Raises TransportError."""
         bucket = self._partial.manifest.buckets[index]
         with self._partial.view(index) as place:
             size = await connection.read_into(
                 *(self._partial.digest, bucket.file, bucket.offset, place),
-                deadline_s=self._deadline_s(index),
+                deadline_s=self.deadline_s(index),
                 base=None if base is None else base.digest,
             )
-            came = self._came(index, source, connection, size, base, place)
+            came = came_of(index, source, connection, size, base, place)
         if base is not None:
             await self._pace.take(size)
         return came
 
-    def _deadline_s(self, index: int) -> float:
+    def deadline_s(self, index: int) -> float:
         return max(BUCKET_DEADLINE_S, self._partial.manifest.buckets[index].size_bytes / RATE_MIN)
 
-    @staticmethod
-    def _came(
-        index: int, source: Source, connection: Connection, size: int, base: Base | None, place: memoryview
-    ) -> _Came:
-        delta = bytes(place[:size]) if base is not None and size < len(place) else None
-        return _Came(index, source, connection, connection.way, connection.origin, size, base, delta)
-
-    async def _judge(self, came: _Came) -> None:
+    async def _judge(self, came: Came) -> None:
         """Whether what came is the bucket."""
         bucket = self._partial.manifest.buckets[came.index]
         if bucket.size_bytes <= HASHED_HERE_BYTES and came.delta is None:
@@ -342,11 +278,11 @@ class Fetch:
         else:
             right = await in_thread(lambda _: self._is_right(came))
         if right:
-            self._take(came)
+            self.take(came)
         else:
             self._refuse(came)
 
-    def _refuse(self, came: _Came) -> None:
+    def _refuse(self, came: Came) -> None:
         """Of a bucket that is wrong: it is to do again."""
         bucket = self._partial.manifest.buckets[came.index]
         self._todo.appendleft(came.index)
@@ -367,7 +303,7 @@ class Fetch:
             self._wrong[node] += 1
             self._struck(came.source, WrongBytes(f"bucket {came.index} came with wrong bytes"))
 
-    def _take(self, came: _Came) -> None:
+    def take(self, came: Came) -> None:
         """Of a bucket that is right. Thread-safe."""
         bucket = self._partial.manifest.buckets[came.index]
         if came.base is not None and came.delta is not None and self._received is not None:
@@ -380,16 +316,17 @@ class Fetch:
             self._tally.wire_bytes += came.size
             self._tally.way, self._tally.source = came.way, came.source.node_id
             self._tally.bytes_per_s = self._fetched_bytes / max(now - self._begun_at, 1e-3)
-        self._partial.mark_good(came.index)
-        self._progress(self._partial.bytes_done, self._partial.bytes_total)
+            self._partial.mark_good(came.index)
+            self._progress(self._partial.bytes_done, self._partial.bytes_total)
 
-    def _base_for(self, index: int, source: Source) -> Base | None:
+    def base_for(self, index: int, source: Source) -> Base | None:
         """To what a delta of a bucket may be asked of a source."""
-        if self._base is None or source.node_id in self._no_deltas:
+        base = self._base  # which may go meanwhile
+        if base is None or source.node_id in self._no_deltas:
             return None
-        return self._base if self._base.has_place_of(self._partial.manifest.buckets[index]) else None
+        return base if base.has_place_of(self._partial.manifest.buckets[index]) else None
 
-    def _is_right(self, came: _Came) -> bool:
+    def _is_right(self, came: Came) -> bool:
         """Whether what came is the bucket, or its delta makes it. In any thread."""
         if came.base is not None and came.delta is not None:
             return came.base.rebuild(self._partial, came.index, came.delta)

@@ -43,7 +43,7 @@ class Partial:
         self._lock = threading.Lock()
         self._views: list[memoryview] = []
         self._allocated = [0] * len(manifest.files)
-        self._verifier = BucketVerifier(manifest)
+        self.verifier = BucketVerifier(manifest)
         self._first_of: dict[int, int] = {}
         for index, bucket in enumerate(manifest.buckets):
             self._first_of.setdefault(bucket.file, index)
@@ -122,11 +122,11 @@ class Partial:
     def matches(self, index: int) -> bool:
         """Whether the bytes in place are the bucket's. Thread-safe; releases the GIL while hashing."""
         with self.view(index) as data:
-            return self._verifier.matches(index, data)
+            return self.verifier.matches(index, data)
 
     def put(self, index: int, data: memoryview) -> bool:
         """Writes `data` where bucket `index` goes if it is that bucket; whether it is. Thread-safe. Raises OSError."""
-        if not self._verifier.matches(index, data):
+        if not self.verifier.matches(index, data):
             return False
         bucket = self.manifest.buckets[index]
         path = self.folder / self.manifest.files[bucket.file].name
