@@ -16,6 +16,7 @@ from tests.transports.sources import IMAGE, MIB, TOKEN, Held, accept_good_token,
 
 from hotweights.transports import frames
 from hotweights.transports.address import format_address, parse_address
+from hotweights.transports.base import Range
 from hotweights.transports.errors import DeadlinePassed, PeerGone
 from hotweights.transports.line import PlainLine
 from hotweights.transports.tcp import TcpTransport
@@ -230,6 +231,34 @@ async def test_who_is_let_in_and_reads_nothing_is_left_behind() -> None:
             await reader.read_into(IMAGE, 0, 0, memoryview(into), deadline_s=5)
             await asyncio.sleep(0.4)  # a reader may take its time
         await reader.close()
+
+
+@pytest.mark.parametrize("size", [1, len(CONTENT) + 1], ids=["served", "refused"])
+async def test_a_reader_that_asks_without_end_leaves_the_loop_to_others(size: int) -> None:
+    """What it asks for has come already, and its answers find room: nothing of it has to wait."""
+    wishes, turns, seen, all_asked = 200, 0, list[int](), asyncio.Event()
+
+    class Watched(Held):
+        def at_hand(self, image: bytes, file: int, offset: int, size: int) -> Range | None:
+            seen.append(turns)
+            if len(seen) == wishes:
+                all_asked.set()
+            return super().at_hand(image, file, offset, size)
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with serving(TcpTransport(), Watched(CONTENT, in_memory=True)) as server:
+        _, writer = await asyncio.open_connection(*parse_address(server.address))
+        writer.write(GOOD_HELLO + frames.read(IMAGE, 0, 0, size) * wishes)
+        turning = asyncio.ensure_future(others())
+        await asyncio.wait_for(all_asked.wait(), 10)
+        turning.cancel()
+        writer.close()
+    assert seen == sorted(set(seen))
 
 
 async def test_a_token_that_is_refused_ends_the_connection_at_the_source() -> None:

@@ -819,3 +819,19 @@ async def test_a_limit_of_the_rate_is_kept_on_the_loop(image: Image, nodes: list
     with pytest.raises(AssertionError, match="reads in threads"):
         await fetching.run()
     assert not sum(connection.runs for connection in opened)
+
+
+async def test_progress_never_goes_back_though_two_threads_tell_of_it(
+    image: Image, nodes: list[Node], partial: Partial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    mark_good = Partial.mark_good
+
+    def slow(self: Partial, index: int) -> None:
+        mark_good(self, index)
+        time.sleep(0.02 if index % 2 else 0.0)  # between what is marked and what is told of it
+
+    monkeypatch.setattr(Partial, "mark_good", slow)
+    await Fetch(partial, sources(nodes[:1]), connect, lambda done, total: told.append(done), parallel=2).run()
+    assert told == sorted(set(told))
+    assert told[-1] == image.size_bytes
