@@ -12,6 +12,7 @@ import pytest_asyncio
 from tests.certificates import Authority, contexts
 from tests.transports.sources import IMAGE, MIB, TOKEN, Held, pattern, serving
 
+from hotweights.transports import tcp
 from hotweights.transports.base import Connection, Place, Reads, Server, ThreadConnection, TokenCheck, Transport
 from hotweights.transports.errors import DeadlinePassed, NotHeld, NotYet, PeerGone, TokenRefused
 from hotweights.transports.line import Tls
@@ -19,7 +20,7 @@ from hotweights.transports.memory import MemoryNetwork, MemoryTransport
 from hotweights.transports.shared import SharedTransport
 from hotweights.transports.tcp import TcpTransport
 from hotweights.transports.tcp_server import TcpServer
-from hotweights.transports.threads import Stop
+from hotweights.transports.threads import Spare, Stop
 from hotweights.transports.ucx import UcxTransport
 from hotweights.transports.ucx_lane import open_lane
 
@@ -82,6 +83,88 @@ class InThread:
         except asyncio.TimeoutError:
             raise DeadlinePassed("-", "waiting for its turn", deadline_s) from None
         return came[0]
+
+
+@pytest.fixture(params=["tcp in threads", "tcp over TLS in threads"])
+def in_threads(request: pytest.FixtureRequest, tls: Tls) -> TcpTransport:
+    return TcpTransport(tls=tls if "TLS" in request.param else None)
+
+
+async def test_a_thread_hears_of_each_part_and_may_ask_for_more_meanwhile(in_threads: TcpTransport) -> None:
+    base = bytes(reversed(IMAGE))
+    async with serving(in_threads, Held(CONTENT, deltas={base: b"what changed"})) as server:
+        connection = await in_threads.connect(server.address, token=TOKEN, deadline_s=5)
+        parts: list[bytes] = []
+        first, second, third = bytearray(len(CONTENT)), bytearray(1000), bytearray(50)
+
+        def work(reads: Reads, _: Stop) -> None:
+            def came(part: memoryview) -> None:
+                if not parts:
+                    reads.ask(IMAGE, 0, 7, len(second))
+                parts.append(bytes(part))
+
+            reads.ask(IMAGE, 0, 0, len(first))
+            assert reads.take(memoryview(first), deadline_s=5, came=came) == len(first)
+            assert reads.take(memoryview(second), deadline_s=5) == len(second)
+            reads.ask(IMAGE, 0, 0, len(third), base)
+            assert reads.take(memoryview(third), deadline_s=5, came=came) == 12
+
+        assert await connection.in_thread(work)
+        assert b"".join(parts) == first == CONTENT  # of the delta it heard nothing
+        assert len(parts) > 1
+        assert second == CONTENT[7:1007]
+        assert third[:12] == b"what changed"
+        assert await read(connection, 3, 100) == CONTENT[3:103]
+        await connection.close()
+
+
+async def test_what_a_thread_does_itself_wrong_leaves_the_connection_usable(in_threads: TcpTransport) -> None:
+    async with serving(in_threads, Held(CONTENT)) as server:
+        connection = await in_threads.connect(server.address, token=TOKEN, deadline_s=5)
+
+        def work(reads: Reads, _: Stop) -> None:
+            reads.ask(IMAGE, 0, 0, 9)
+            reads.take(memoryview(bytearray(9)), deadline_s=5)
+            raise OSError("the disk is full")
+
+        with pytest.raises(OSError, match="the disk is full"):
+            await connection.in_thread(work)
+        assert await read(connection, 3, 100) == CONTENT[3:103]
+        await connection.close()
+
+
+async def test_what_a_thread_asked_for_and_did_not_take_is_nobody_elses(in_threads: TcpTransport) -> None:
+    async with serving(in_threads, Held(CONTENT)) as server:
+        connection = await in_threads.connect(server.address, token=TOKEN, deadline_s=5)
+        assert await connection.in_thread(lambda reads, _: reads.ask(IMAGE, 0, 0, 9))
+        with pytest.raises(PeerGone):
+            await read(connection, 3, 9)
+        await connection.close()
+
+
+async def test_without_a_thread_to_spare_nothing_is_done(
+    in_threads: TcpTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcp, "_THREADS", Spare(1, "test"))
+    begun, ends = threading.Event(), threading.Event()
+
+    def hold(*_: object) -> None:
+        begun.set()
+        assert ends.wait(10)
+
+    async with serving(in_threads, Held(CONTENT)) as server:
+        one, other = [await in_threads.connect(server.address, token=TOKEN, deadline_s=5) for _ in range(2)]
+        holding = asyncio.ensure_future(one.in_thread(hold))
+        assert await asyncio.to_thread(begun.wait, 5)
+        done: list[object] = []
+        assert not await other.in_thread(lambda *_: done.append(1))
+        assert await read(other, 3, 100) == CONTENT[3:103]
+        ends.set()
+        assert await holding
+        assert await other.in_thread(lambda *_: done.append(2))
+        assert done == [2]
+        for connection in (one, other):
+            await connection.close()
 
 
 @pytest.fixture

@@ -189,7 +189,8 @@ class Reads(Protocol):
     """What a thread reads over one connection: `ask`, then `take`, and one more may be asked for meanwhile."""
 
     def ask(self, image: bytes, file: int, offset: int, size: int, base: bytes | None = None) -> None:
-        """Sends a wish, as of Connection.read_into, and does not wait for the answer. Raises PeerGone.
+        """Sends a wish, as of Connection.read_into, and does not wait for the answer. Raises PeerGone,
+        DeadlinePassed.
 
         After the one before was taken, or in its `came`.
         """

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 # Each reads over one connection; the other connections of a process go over the event loop.
 THREADS_MAX = 16
-SEND_S = 10.0  # for a wish, of which others wait at the source
+SEND_S = 10.0  # for a wish to go out: a few bytes
 _THREADS = Spare(THREADS_MAX, "hotweights-read")
 
 LISTEN = "127.0.0.1:0"
